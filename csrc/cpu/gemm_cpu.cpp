@@ -1,0 +1,180 @@
+// Linear layers in float32 and bfloat16 through oneDNN's matmul.
+// Creating a primitive compiles code (about 1 ms), so they are cached, and long or ragged numbers of rows are cut
+// into pieces of few different sizes. oneDNN sums over k in an order that depends neither on the number of rows
+// nor on the threads as long as k stays under its limit for splitting it over threads; python_tests check that.
+#include <omp.h>
+#include <oneapi/dnnl/dnnl.hpp>
+
+#include <mutex>
+#include <string>
+#include <unordered_map>
+
+#include "cpu/kernels.h"
+
+namespace flexdit::cpu {
+namespace {
+
+constexpr int64_t kRowPiece = 1024;   // rows of one forward product
+constexpr int64_t kSumPiece = 512;    // rows summed by one weight gradient product
+constexpr int64_t kRowMultiple = 32;  // a remainder is split once more, at a multiple of this
+constexpr size_t kCacheCapacity = 4096;
+
+using dnnl::memory;
+
+const dnnl::engine& engine() {
+  static const dnnl::engine cpu(dnnl::engine::kind::cpu, 0);
+  return cpu;
+}
+
+memory::data_type onednn_type(DType dtype) {
+  return dtype == DType::bfloat16 ? memory::data_type::bf16 : memory::data_type::f32;
+}
+
+// An operand of c (+)= a b + bias: a matrix, perhaps read transposed.
+struct Operand {
+  Matrix matrix;
+  bool transposed = false;
+
+  int64_t rows() const { return transposed ? matrix.cols : matrix.rows; }
+  int64_t cols() const { return transposed ? matrix.rows : matrix.cols; }
+  memory::desc descriptor() const {
+    const auto strides = transposed ? memory::dims{1, matrix.stride} : memory::dims{matrix.stride, 1};
+    return {{rows(), cols()}, onednn_type(matrix.dtype), strides};
+  }
+};
+
+struct Product {
+  Operand a, b, c;
+  Matrix bias = {};
+  bool gelu = false, accumulate = false;
+};
+
+struct Key {
+  int64_t m, n, k, lda, ldb, ldc;
+  int flags, threads;
+  bool operator==(const Key&) const = default;
+};
+struct KeyHash {
+  size_t operator()(const Key& key) const {
+    size_t hash = 0;
+    for (int64_t v : {key.m, key.n, key.k, key.lda, key.ldb, key.ldc, int64_t{key.flags}, int64_t{key.threads}})
+      hash = hash * 1000003 ^ static_cast<size_t>(v);
+    return hash;
+  }
+};
+
+Key key_of(const Product& p, int threads) {
+  const int flags = p.a.transposed | p.b.transposed << 1 | p.gelu << 2 | p.accumulate << 3 | bool(p.bias) << 4 |
+                    static_cast<int>(p.a.matrix.dtype) << 5 | static_cast<int>(p.c.matrix.dtype) << 8;
+  return {p.a.rows(), p.b.cols(), p.a.cols(), p.a.matrix.stride, p.b.matrix.stride, p.c.matrix.stride, flags, threads};
+}
+
+dnnl::matmul create(const Product& p) {
+  dnnl::post_ops post;
+  if (p.accumulate) post.append_sum();
+  if (p.gelu) post.append_eltwise(dnnl::algorithm::eltwise_gelu_tanh, 0, 0);
+  dnnl::primitive_attr attributes;
+  attributes.set_post_ops(post);
+  const auto a = p.a.descriptor(), b = p.b.descriptor(), c = p.c.descriptor();
+  if (!p.bias) return dnnl::matmul({engine(), a, b, c, attributes});
+  const memory::desc bias({1, p.bias.cols}, onednn_type(p.bias.dtype), memory::format_tag::ab);
+  return dnnl::matmul({engine(), a, b, bias, c, attributes});
+}
+
+dnnl::matmul cached(const Product& p, int threads) {
+  static std::mutex mutex;
+  static std::unordered_map<Key, dnnl::matmul, KeyHash> cache;
+  const Key key = key_of(p, threads);
+  {
+    const std::lock_guard lock(mutex);
+    if (const auto found = cache.find(key); found != cache.end()) return found->second;
+  }
+  dnnl::matmul primitive = create(p);
+  const std::lock_guard lock(mutex);
+  if (cache.size() >= kCacheCapacity) cache.clear();
+  return cache.emplace(key, std::move(primitive)).first->second;
+}
+
+void multiply(const Product& p, int threads) {
+  if (p.c.rows() == 0 || p.c.cols() == 0) return;
+  dnnl::stream stream(engine());
+  const auto view = [](const Operand& o) { return memory(o.descriptor(), engine(), o.matrix.data); };
+  std::unordered_map<int, memory> arguments{
+      {DNNL_ARG_SRC, view(p.a)}, {DNNL_ARG_WEIGHTS, view(p.b)}, {DNNL_ARG_DST, view(p.c)}};
+  if (p.bias)
+    arguments.emplace(DNNL_ARG_BIAS, memory({{1, p.bias.cols}, onednn_type(p.bias.dtype), memory::format_tag::ab},
+                                            engine(), p.bias.data));
+  cached(p, threads).execute(stream, arguments);
+}
+
+// oneDNN takes the number of threads from OpenMP, when a primitive is made and when it runs.
+class OpenMPThreads {
+ public:
+  explicit OpenMPThreads(int threads) : before_(omp_get_max_threads()) { omp_set_num_threads(threads); }
+  ~OpenMPThreads() { omp_set_num_threads(before_); }
+
+ private:
+  int before_;
+};
+
+// Calls body(first, count) for pieces of `rows`: whole pieces, a multiple of kRowMultiple, and what is left.
+template <class Body>
+void for_pieces(int64_t rows, int64_t piece, Body&& body) {
+  int64_t first = 0;
+  for (; first + piece <= rows; first += piece) body(first, piece);
+  const int64_t even = first > 0 || rows > piece / 2 ? (rows - first) / kRowMultiple * kRowMultiple : 0;
+  if (even) body(first, even);
+  if (first + even < rows) body(first + even, rows - first - even);
+}
+
+}  // namespace
+
+void linear(const Linear& p, int threads) {
+  const OpenMPThreads scope(threads);
+  for_pieces(p.x.rows, kRowPiece, [&](int64_t first, int64_t count) {
+    multiply({.a = {p.x.row_range(first, count)},
+              .b = {p.weight, true},
+              .c = {p.y.row_range(first, count)},
+              .bias = p.bias,
+              .gelu = p.activation == Activation::gelu_tanh},
+             threads);
+  });
+}
+
+void linear_backward(const LinearBackward& p, int threads) {
+  const OpenMPThreads scope(threads);
+  if (p.grad_x)
+    for_pieces(p.x.rows, kRowPiece, [&](int64_t first, int64_t count) {
+      multiply({.a = {p.grad_y.row_range(first, count)},
+                .b = {p.weight},
+                .c = {p.grad_x.row_range(first, count)},
+                .accumulate = p.accumulate_grad_x},
+               threads);
+    });
+  if (p.grad_weight) {
+    const bool widen = p.grad_weight.dtype == DType::bfloat16;
+    Matrix sum = p.grad_weight;
+    if (widen) sum = {p.workspace, sum.rows, sum.cols, sum.cols, DType::float32};
+    if (p.x.rows == 0)
+      for (int64_t i = 0; i < sum.rows; ++i) std::memset(sum.row_range(i, 1).data, 0, sum.cols * size_of(sum.dtype));
+    for_pieces(p.x.rows, kSumPiece, [&](int64_t first, int64_t count) {
+      multiply({.a = {p.grad_y.row_range(first, count), true},
+                .b = {p.x.row_range(first, count)},
+                .c = {sum},
+                .accumulate = first > 0},
+               threads);
+    });
+    if (widen) kernels().convert({.x = sum, .y = p.grad_weight}, threads);
+  }
+  if (p.grad_bias) kernels().column_sums({.x = p.grad_y, .sums = p.grad_bias}, threads);
+}
+
+const char* onednn_version() {
+  static const std::string version = [] {
+    const dnnl_version_t* v = dnnl_version();
+    return std::to_string(v->major) + "." + std::to_string(v->minor) + "." + std::to_string(v->patch);
+  }();
+  return version.c_str();
+}
+
+}  // namespace flexdit::cpu

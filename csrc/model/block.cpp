@@ -1,0 +1,421 @@
+// The blocks of method.md, composed of the operations of ops.h.
+#include "flexdit/block.h"
+
+#include <algorithm>
+
+#include "model/arena.h"
+
+namespace flexdit {
+namespace {
+
+// The modulation's six parts, in the order of its rows.
+enum Part { kShift1, kScale1, kGate1, kShift2, kScale2, kGate2, kParts };
+
+Matrix part(const Matrix& modulation, Part which) {
+  const int64_t c = modulation.cols / kParts;
+  return modulation.columns(which * c, c);
+}
+
+bool is_cross(BlockKind kind) { return kind == BlockKind::generation || kind == BlockKind::recovery; }
+
+// A linear layer's weight and bias, or their gradients.
+struct Layer {
+  Matrix weight, bias;
+};
+
+// A block's parameters by role; the order is block_parameters'.
+struct Roles {
+  Layer modulation, v, q, kv, qkv, proj, fc1, fc2, from_sparse, from_dense;
+
+  Roles(BlockKind kind, std::span<const Matrix> list) {
+    size_t next = 0;
+    const auto take = [&](Layer& layer) {
+      layer = {list[next], list[next + 1]};
+      next += 2;
+    };
+    take(modulation);
+    if (kind == BlockKind::recovery) take(from_sparse), take(from_dense);
+    if (kind == BlockKind::pooling) take(v);
+    if (kind == BlockKind::dense) take(qkv);
+    if (is_cross(kind)) take(q), take(kv);
+    take(proj), take(fc1), take(fc2);
+  }
+};
+
+// What forward writes and backward reads.
+struct Context {
+  Matrix modulation;  // [B, 6C]
+  Matrix pooled;      // pooling: [B, C], mean of the modulated tokens
+  Matrix v;           // pooling: [B, C], W_v of it
+  Matrix base;        // recovery: [R, C], m
+  Matrix qkv;         // dense: [R, 3C]
+  Matrix q, kv;       // generation, recovery: [R, C], [Ro, 2C]
+  Matrix attended;    // [R, C], before the projection
+  Matrix lse;         // [R, heads]
+  Matrix y1;          // [R, C], pooling [B, C]: the first branch
+  Matrix x1;          // [R, C], after the first residual
+  Matrix h;           // [R, 4C], before GELU
+  Matrix y2;          // [R, C], the second branch
+};
+
+Context plan_context(const BlockShape& s, Arena& arena) {
+  const int64_t c = s.hidden;
+  const auto rows = [&](int64_t cols) { return arena.matrix(s.rows, cols, s.dtype); };
+  const auto samples = [&](int64_t cols) { return arena.matrix(s.batch, cols, s.dtype); };
+  Context k;
+  k.modulation = samples(6 * c);
+  if (s.kind == BlockKind::pooling) k.pooled = samples(c), k.v = samples(c), k.y1 = samples(c);
+  if (s.kind == BlockKind::recovery) k.base = rows(c);
+  if (s.kind == BlockKind::dense) k.qkv = rows(3 * c);
+  if (is_cross(s.kind)) k.q = rows(c), k.kv = arena.matrix(s.other_rows, 2 * c, s.dtype);
+  if (s.kind != BlockKind::pooling) {
+    k.attended = rows(c);
+    k.lse = arena.matrix(s.rows, s.num_heads, accumulation_type(s.dtype));
+    k.y1 = rows(c);
+  }
+  k.x1 = rows(c);
+  k.h = rows(s.mlp_hidden);
+  k.y2 = rows(c);
+  return k;
+}
+
+// Without a backward to come, the same fields share memory wherever one is dead before the next is written.
+Context plan_inference(const BlockShape& s, const Matrix& out, Arena& arena) {
+  const int64_t c = s.hidden;
+  Context k;
+  k.modulation = arena.matrix(s.batch, 6 * c, s.dtype);
+  k.x1 = out;
+  k.h = arena.matrix(s.rows, s.mlp_hidden, s.dtype);
+  if (s.kind == BlockKind::pooling) {
+    k.pooled = arena.matrix(s.batch, c, s.dtype);
+    k.v = arena.matrix(s.batch, c, s.dtype);
+    k.y1 = arena.matrix(s.batch, c, s.dtype);
+    k.y2 = arena.matrix(s.rows, c, s.dtype);
+    return k;
+  }
+  if (s.kind == BlockKind::recovery) k.base = out;
+  if (s.kind == BlockKind::dense) {  // queries, keys and values are dead before h is written
+    const bool fits = s.mlp_hidden >= 3 * c;
+    k.qkv = fits ? Matrix{k.h.data, s.rows, 3 * c, 3 * c, s.dtype} : arena.matrix(s.rows, 3 * c, s.dtype);
+  }
+  if (is_cross(s.kind)) k.q = arena.matrix(s.rows, c, s.dtype), k.kv = arena.matrix(s.other_rows, 2 * c, s.dtype);
+  k.attended = arena.matrix(s.rows, c, s.dtype);
+  k.y1 = arena.matrix(s.rows, c, s.dtype);
+  k.y2 = k.y1;
+  return k;
+}
+
+struct Workspace {
+  Matrix silu;      // [B, C]
+  Matrix n;         // [R, C]
+  Matrix n_other;   // [Ro, C]
+  Matrix u;         // recovery: [Ro, C], W_1 of the sparse tokens
+  Matrix act;       // with a context: [R, 4C], GELU of it, which backward computes again
+  void* statistics;  // of R rows
+};
+
+Workspace plan_workspace(const BlockShape& s, bool keeps_context, Arena& arena) {
+  Workspace w;
+  w.silu = arena.matrix(s.batch, s.hidden, s.dtype);
+  w.n = arena.matrix(s.rows, s.hidden, s.dtype);
+  if (is_cross(s.kind)) w.n_other = arena.matrix(s.other_rows, s.hidden, s.dtype);
+  if (s.kind == BlockKind::recovery) w.u = arena.matrix(s.other_rows, s.hidden, s.dtype);
+  if (keeps_context) w.act = arena.matrix(s.rows, s.mlp_hidden, s.dtype);
+  w.statistics = arena.bytes(row_statistics_workspace(s.dtype, s.rows));
+  return w;
+}
+
+void apply(const Layer& layer, const Matrix& x, const Matrix& y, const Execution& exec,
+           Activation activation = Activation::none) {
+  linear({.x = x, .weight = layer.weight, .bias = layer.bias, .y = y, .activation = activation}, exec);
+}
+
+Attention attention_of(const BlockForward& p, const Context& k) {
+  const int64_t c = p.shape.hidden;
+  Attention a;
+  if (is_cross(p.shape.kind)) {
+    a.q = k.q, a.k = k.kv.columns(0, c), a.v = k.kv.columns(c, c);
+    a.layout_k = p.other_layout;
+  } else {
+    a.q = k.qkv.columns(0, c), a.k = k.qkv.columns(c, c), a.v = k.qkv.columns(2 * c, c);
+    a.layout_k = p.layout;
+  }
+  a.layout_q = p.layout;
+  a.num_heads = p.shape.num_heads;
+  a.out = k.attended;
+  a.lse = k.lse;
+  return a;
+}
+
+void normalize(const Matrix& x, const TokenLayout& layout, const Matrix& modulation, Part shift, const Matrix& y,
+               const Execution& exec) {
+  modulated_layer_norm({.x = x, .shift = part(modulation, shift), .scale = part(modulation, Part(shift + 1)),
+                        .layout = layout, .y = y},
+                       exec);
+}
+
+// The tokens that the first residual adds to: x, or m in recovery.
+Matrix base_of(const BlockForward& p, const Context& k) { return p.shape.kind == BlockKind::recovery ? k.base : p.x; }
+
+void forward_attention(const BlockForward& p, const Roles& w, const Context& k, const Workspace& ws,
+                       const Execution& exec) {
+  const auto& kind = p.shape.kind;
+  if (kind == BlockKind::pooling) {  // identity 1: mean first, then W_v and W_o of one vector per sample
+    modulated_mean({.x = p.x, .shift = part(k.modulation, kShift1), .scale = part(k.modulation, kScale1),
+                    .layout = p.layout, .mean = k.pooled, .workspace = ws.statistics},
+                   exec);
+    apply(w.v, k.pooled, k.v, exec);
+    apply(w.proj, k.v, k.y1, exec);
+    return;
+  }
+  if (kind == BlockKind::recovery) {  // identity 2: W_1 before the gather
+    apply(w.from_sparse, p.other, ws.u, exec);
+    apply(w.from_dense, p.x, k.base, exec);
+    gather_sparse({.s = ws.u, .x = k.base, .position = p.position, .layout = p.layout, .sparse_layout = p.other_layout,
+                   .out = k.base, .shift = part(k.modulation, kShift1), .scale = part(k.modulation, kScale1),
+                   .normed = ws.n},
+                  exec);
+  } else {
+    normalize(p.x, p.layout, k.modulation, kShift1, ws.n, exec);
+  }
+  if (is_cross(kind)) {
+    normalize(p.other, p.other_layout, k.modulation, kShift1, ws.n_other, exec);
+    apply(w.q, ws.n, k.q, exec);
+    apply(w.kv, ws.n_other, k.kv, exec);
+  } else {
+    apply(w.qkv, ws.n, k.qkv, exec);
+  }
+  attention(attention_of(p, k), exec);
+  apply(w.proj, k.attended, k.y1, exec);
+}
+
+void check_lists(const BlockForward& p) {
+  const size_t wanted = block_parameters(p.shape.kind, p.shape.hidden, p.shape.mlp_hidden).size();
+  if (p.parameters.size() != wanted)
+    throw ArgumentError(std::string(name_of(p.shape.kind)) + " block: parameters holds " +
+                        std::to_string(p.parameters.size()) + " tensors, must hold " + std::to_string(wanted));
+}
+
+struct BackwardWorkspace {
+  Matrix silu, grad_silu;                       // [B, C]
+  Matrix grad_modulation;                       // [B, 6C]
+  Matrix grad_y;                                // [R, C]
+  Matrix n;                                     // [R, C]: a modulated layer norm again
+  Matrix grad_n;                                // [R, C]
+  Matrix act, grad_h;                           // [R, 4C]
+  Matrix grad_qkv, grad_q, grad_kv;             // as in the context
+  Matrix n_other, grad_n_other;                 // [Ro, C]
+  Matrix grad_base;                             // recovery: [R, C]
+  Matrix grad_pooled, grad_v;                   // pooling: [B, C]
+  void* statistics;
+  void* linear;
+};
+
+BackwardWorkspace plan_backward(const BlockShape& s, Arena& arena) {
+  const int64_t c = s.hidden;
+  const auto rows = [&](int64_t cols) { return arena.matrix(s.rows, cols, s.dtype); };
+  const auto other_rows = [&](int64_t cols) { return arena.matrix(s.other_rows, cols, s.dtype); };
+  const auto samples = [&](int64_t cols) { return arena.matrix(s.batch, cols, s.dtype); };
+  BackwardWorkspace w;
+  w.silu = samples(c), w.grad_silu = samples(c), w.grad_modulation = samples(6 * c);
+  w.grad_y = rows(c), w.n = rows(c), w.grad_n = rows(c);
+  w.act = rows(s.mlp_hidden), w.grad_h = rows(s.mlp_hidden);
+  if (s.kind == BlockKind::pooling) w.grad_pooled = samples(c), w.grad_v = samples(c);
+  if (s.kind == BlockKind::dense) w.grad_qkv = rows(3 * c);
+  if (is_cross(s.kind)) {
+    w.grad_q = rows(c), w.grad_kv = other_rows(2 * c);
+    w.n_other = other_rows(c), w.grad_n_other = other_rows(c);
+  }
+  if (s.kind == BlockKind::recovery) w.grad_base = rows(c);
+  w.statistics = arena.bytes(row_statistics_workspace(s.dtype, s.rows > s.other_rows ? s.rows : s.other_rows));
+  int64_t linear_bytes = 0;
+  for (const auto& spec : block_parameters(s.kind, s.hidden, s.mlp_hidden))
+    linear_bytes = std::max(linear_bytes, linear_backward_workspace(s.dtype, spec.rows, spec.cols));
+  w.linear = arena.bytes(linear_bytes);
+  return w;
+}
+
+// Gradients of a linear layer's weight and bias, and of its input unless grad_x is empty.
+void apply_backward(const Layer& layer, const Layer& grad, const Matrix& x, const Matrix& grad_y, const Matrix& grad_x,
+                    void* workspace, const Execution& exec, bool accumulate_grad_x = false) {
+  linear_backward({.x = x, .weight = layer.weight, .grad_y = grad_y, .grad_x = grad_x, .grad_weight = grad.weight,
+                   .grad_bias = grad.bias, .accumulate_grad_x = accumulate_grad_x, .workspace = workspace},
+                  exec);
+}
+
+void backward_normalize(const Matrix& x, const TokenLayout& layout, const Context& k, const BackwardWorkspace& w,
+                        Part shift, const Matrix& grad_y, const Matrix& residual, const Matrix& grad_x,
+                        bool accumulate_modulation, const Execution& exec) {
+  modulated_layer_norm_backward(
+      {.x = x, .scale = part(k.modulation, Part(shift + 1)), .layout = layout, .grad_y = grad_y,
+       .grad_residual = residual, .grad_x = grad_x, .grad_shift = part(w.grad_modulation, shift),
+       .grad_scale = part(w.grad_modulation, Part(shift + 1)), .accumulate_modulation = accumulate_modulation,
+       .workspace = w.statistics},
+      exec);
+}
+
+// From grad_out to the gradient of x1, which is left in grad_x.
+void backward_mlp(const BlockBackward& p, const Roles& w, const Roles& grad, const Context& k,
+                  const BackwardWorkspace& ws, const Execution& exec) {
+  gated_residual_backward({.y = k.y2, .gate = part(k.modulation, kGate2), .layout = p.layout, .grad_out = p.grad_out,
+                           .grad_y = ws.grad_y, .grad_gate = part(ws.grad_modulation, kGate2)},
+                          exec);
+  apply_backward(w.fc2, {}, ws.act, ws.grad_y, ws.grad_h, ws.linear, exec);
+  gelu_backward({.x = k.h, .grad_y = ws.grad_h, .y = ws.act, .grad_x = ws.grad_h}, exec);
+  apply_backward(w.fc2, grad.fc2, ws.act, ws.grad_y, {}, ws.linear, exec);
+  normalize(k.x1, p.layout, k.modulation, kShift2, ws.n, exec);
+  apply_backward(w.fc1, grad.fc1, ws.n, ws.grad_h, ws.grad_n, ws.linear, exec);
+  backward_normalize(k.x1, p.layout, k, ws, kShift2, ws.grad_n, p.grad_out, p.grad_x, false, exec);
+}
+
+// grad_x holds the gradient of x1 and becomes that of x.
+void backward_pooling(const BlockBackward& p, const Roles& w, const Roles& grad, const Context& k,
+                      const BackwardWorkspace& ws, const Execution& exec) {
+  const Matrix grad_y1 = ws.grad_silu;  // [B, C], free until the modulation's turn
+  gated_residual_backward({.y = k.y1, .gate = part(k.modulation, kGate1), .layout = p.layout, .grad_out = p.grad_x,
+                           .grad_y = grad_y1, .grad_gate = part(ws.grad_modulation, kGate1), .y_per_sample = true},
+                          exec);
+  apply_backward(w.proj, grad.proj, k.v, grad_y1, ws.grad_v, ws.linear, exec);
+  apply_backward(w.v, grad.v, k.pooled, ws.grad_v, ws.grad_pooled, ws.linear, exec);
+  modulated_mean_backward({.x = p.x, .scale = part(k.modulation, kScale1), .layout = p.layout,
+                           .grad_mean = ws.grad_pooled, .grad_residual = p.grad_x, .grad_x = p.grad_x,
+                           .grad_shift = part(ws.grad_modulation, kShift1),
+                           .grad_scale = part(ws.grad_modulation, kScale1), .workspace = ws.statistics},
+                          exec);
+}
+
+// As backward_pooling, for the blocks with attention; also writes grad_other.
+void backward_attention(const BlockBackward& p, const Roles& w, const Roles& grad, const Context& k,
+                        const BackwardWorkspace& ws, const Execution& exec) {
+  const int64_t c = p.shape.hidden;
+  const bool cross = is_cross(p.shape.kind);
+  gated_residual_backward({.y = k.y1, .gate = part(k.modulation, kGate1), .layout = p.layout, .grad_out = p.grad_x,
+                           .grad_y = ws.grad_y, .grad_gate = part(ws.grad_modulation, kGate1)},
+                          exec);
+  const Matrix grad_attended = ws.grad_n;
+  apply_backward(w.proj, grad.proj, k.attended, ws.grad_y, grad_attended, ws.linear, exec);
+  AttentionBackward a;
+  static_cast<Attention&>(a) = attention_of(p, k);
+  a.grad_out = grad_attended;
+  a.grad_q = cross ? ws.grad_q : ws.grad_qkv.columns(0, c);
+  a.grad_k = cross ? ws.grad_kv.columns(0, c) : ws.grad_qkv.columns(c, c);
+  a.grad_v = cross ? ws.grad_kv.columns(c, c) : ws.grad_qkv.columns(2 * c, c);
+  attention_backward(a, exec);
+  const Matrix base = base_of(p, k);
+  normalize(base, p.layout, k.modulation, kShift1, ws.n, exec);
+  if (cross)
+    apply_backward(w.q, grad.q, ws.n, ws.grad_q, ws.grad_n, ws.linear, exec);
+  else
+    apply_backward(w.qkv, grad.qkv, ws.n, ws.grad_qkv, ws.grad_n, ws.linear, exec);
+  const Matrix grad_base = p.shape.kind == BlockKind::recovery ? ws.grad_base : p.grad_x;
+  backward_normalize(base, p.layout, k, ws, kShift1, ws.grad_n, p.grad_x, grad_base, false, exec);
+  if (!cross) return;
+  normalize(p.other, p.other_layout, k.modulation, kShift1, ws.n_other, exec);
+  apply_backward(w.kv, grad.kv, ws.n_other, ws.grad_kv, ws.grad_n_other, ws.linear, exec);
+  backward_normalize(p.other, p.other_layout, k, ws, kShift1, ws.grad_n_other,
+                     p.accumulate_other ? p.grad_other : Matrix{}, p.grad_other, true, exec);
+  if (p.shape.kind != BlockKind::recovery) return;
+  const Matrix grad_u = ws.n_other;  // free again
+  gather_sparse_backward({.layout = p.layout, .sparse_layout = p.other_layout, .grad_out = grad_base, .grad_s = grad_u},
+                         exec);
+  apply_backward(w.from_sparse, grad.from_sparse, p.other, grad_u, p.grad_other, ws.linear, exec, true);
+  apply_backward(w.from_dense, grad.from_dense, p.x, grad_base, p.grad_x, ws.linear, exec);
+}
+
+}  // namespace
+
+const char* name_of(BlockKind kind) {
+  switch (kind) {
+    case BlockKind::pooling: return "pooling";
+    case BlockKind::dense: return "dense";
+    case BlockKind::generation: return "generation";
+    case BlockKind::recovery: return "recovery";
+  }
+  return "unknown";
+}
+
+std::vector<ParameterSpec> block_parameters(BlockKind kind, int64_t hidden, int64_t mlp_hidden) {
+  std::vector<ParameterSpec> specs;
+  const auto add = [&](const std::string& layer, int64_t out, int64_t in) {
+    specs.push_back({layer + ".weight", out, in});
+    specs.push_back({layer + ".bias", 1, out});
+  };
+  add("modulation", 6 * hidden, hidden);
+  if (kind == BlockKind::recovery) add("from_sparse", hidden, hidden), add("from_dense", hidden, hidden);
+  if (kind == BlockKind::pooling) add("attn.v", hidden, hidden);
+  if (kind == BlockKind::dense) add("attn.qkv", 3 * hidden, hidden);
+  if (is_cross(kind)) add("attn.q", hidden, hidden), add("attn.kv", 2 * hidden, hidden);
+  add("attn.proj", hidden, hidden);
+  add("mlp.fc1", mlp_hidden, hidden);
+  add("mlp.fc2", hidden, mlp_hidden);
+  return specs;
+}
+
+int64_t block_context_bytes(const BlockShape& shape) {
+  Arena arena;
+  plan_context(shape, arena);
+  return arena.used();
+}
+
+int64_t block_workspace_bytes(const BlockShape& shape, bool keeps_context) {
+  Arena arena;
+  if (!keeps_context) plan_inference(shape, {}, arena);
+  plan_workspace(shape, keeps_context, arena);
+  return arena.used();
+}
+
+int64_t block_backward_workspace_bytes(const BlockShape& shape) {
+  Arena arena;
+  plan_backward(shape, arena);
+  return arena.used();
+}
+
+void block_forward(const BlockForward& p, const Execution& exec) {
+  check_lists(p);
+  const Roles w(p.shape.kind, p.parameters);
+  Arena context_arena(p.context), arena(p.workspace);
+  const bool keeps_context = p.context != nullptr;
+  const Context k = keeps_context ? plan_context(p.shape, context_arena) : plan_inference(p.shape, p.out, arena);
+  const Workspace ws = plan_workspace(p.shape, keeps_context, arena);
+
+  silu({.x = p.condition, .y = ws.silu}, exec);
+  apply(w.modulation, ws.silu, k.modulation, exec);
+  forward_attention(p, w, k, ws, exec);
+  gated_residual({.x = base_of(p, k), .y = k.y1, .gate = part(k.modulation, kGate1), .layout = p.layout, .out = k.x1,
+                  .shift = part(k.modulation, kShift2), .scale = part(k.modulation, kScale2), .normed = ws.n,
+                  .y_per_sample = p.shape.kind == BlockKind::pooling},
+                 exec);
+  if (keeps_context) {
+    apply(w.fc1, ws.n, k.h, exec);
+    gelu({.x = k.h, .y = ws.act}, exec);
+    apply(w.fc2, ws.act, k.y2, exec);
+  } else {
+    apply(w.fc1, ws.n, k.h, exec, Activation::gelu_tanh);
+    apply(w.fc2, k.h, k.y2, exec);
+  }
+  gated_residual({.x = k.x1, .y = k.y2, .gate = part(k.modulation, kGate2), .layout = p.layout, .out = p.out}, exec);
+}
+
+void block_backward(const BlockBackward& p, const Execution& exec) {
+  check_lists(p);
+  if (p.grad_parameters.size() != p.parameters.size())
+    throw ArgumentError("block: grad_parameters must hold as many tensors as parameters");
+  const Roles w(p.shape.kind, p.parameters), grad(p.shape.kind, p.grad_parameters);
+  Arena context_arena(p.context), arena(p.workspace);
+  const Context k = plan_context(p.shape, context_arena);
+  const BackwardWorkspace ws = plan_backward(p.shape, arena);
+
+  backward_mlp(p, w, grad, k, ws, exec);
+  if (p.shape.kind == BlockKind::pooling)
+    backward_pooling(p, w, grad, k, ws, exec);
+  else
+    backward_attention(p, w, grad, k, ws, exec);
+
+  silu({.x = p.condition, .y = ws.silu}, exec);
+  apply_backward(w.modulation, grad.modulation, ws.silu, ws.grad_modulation, ws.grad_silu, ws.linear, exec);
+  silu_backward({.x = p.condition, .grad_y = ws.grad_silu, .grad_x = p.grad_condition,
+                 .accumulate = p.accumulate_condition},
+                exec);
+}
+
+}  // namespace flexdit

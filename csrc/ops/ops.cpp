@@ -1,0 +1,409 @@
+// Every operation: check the views, then switch to the device.
+#include "flexdit/ops.h"
+
+#include <omp.h>
+
+#include <string>
+
+#include "cpu/kernels.h"
+#include "ops/device.h"
+
+namespace flexdit {
+
+const char* name_of(DType dtype) {
+  switch (dtype) {
+    case DType::float32: return "float32";
+    case DType::bfloat16: return "bfloat16";
+    case DType::float16: return "float16";
+    case DType::float64: return "float64";
+  }
+  return "unknown";
+}
+
+namespace {
+
+std::string shape_text(int64_t rows, int64_t cols) {
+  return "[" + std::to_string(rows) + ", " + std::to_string(cols) + "]";
+}
+
+// Checks the fields of one operation; the first one fixes the dtype that all must have.
+class Checker {
+ public:
+  explicit Checker(const char* op) : op_(op) {}
+
+  void matrix(const char* field, const Matrix& m, int64_t rows, int64_t cols) { view(field, m, rows, cols, false); }
+  // At least `rows` rows: buffers of packed tokens may have spare ones at the end.
+  void tokens(const char* field, const Matrix& m, int64_t rows, int64_t cols) { view(field, m, rows, cols, true); }
+  void optional(const char* field, const Matrix& m, int64_t rows, int64_t cols) {
+    if (m) matrix(field, m, rows, cols);
+  }
+  void holds(bool condition, const std::string& message) const {
+    if (!condition) throw ArgumentError(std::string(op_) + ": " + message);
+  }
+  void accumulation(const char* field, const Matrix& m, int64_t rows, int64_t cols) {
+    holds(m.dtype == accumulation_type(dtype_), std::string(field) + " is " + name_of(m.dtype) + ", must be " +
+                                                    name_of(accumulation_type(dtype_)));
+    holds(m.rows >= rows && m.cols == cols, std::string(field) + " is " + shape_text(m.rows, m.cols) + ", must be " +
+                                                shape_text(rows, cols));
+  }
+  void layout(const char* field, const TokenLayout& layout, int64_t batch) const {
+    holds(layout.table != nullptr, std::string(field) + " is missing");
+    holds(layout.batch == batch, std::string(field) + " has " + std::to_string(layout.batch) +
+                                     " samples, must have " + std::to_string(batch));
+  }
+  void nonzero(const char* field, const void* pointer) const {
+    holds(pointer != nullptr, std::string(field) + " is missing");
+  }
+
+ private:
+  void view(const char* field, const Matrix& m, int64_t rows, int64_t cols, bool spare) {
+    holds(m.data || rows == 0 || cols == 0, std::string(field) + " is missing");
+    holds((spare ? m.rows >= rows : m.rows == rows) && m.cols == cols,
+          std::string(field) + " is " + shape_text(m.rows, m.cols) + ", must be " + (spare ? "at least " : "") +
+              shape_text(rows, cols));
+    holds(m.rows <= 1 || m.stride >= cols, std::string(field) + " has rows that overlap: stride " +
+                                               std::to_string(m.stride) + " for " + std::to_string(cols) + " columns");
+    if (typed_)
+      holds(m.dtype == dtype_, std::string(field) + " is " + name_of(m.dtype) + ", must be " + name_of(dtype_));
+    typed_ = true;
+    dtype_ = m.dtype;
+    holds(dtype_ != DType::float16, std::string(field) + " is float16, which the CPU backend does not compute with");
+  }
+
+  const char* op_;
+  bool typed_ = false;
+  DType dtype_ = DType::float32;
+};
+
+void check_norm_fields(Checker& check, const Matrix& shift, const Matrix& scale, const Matrix& normed, int64_t batch,
+                       int64_t rows, int64_t cols) {
+  if (!shift && !scale && !normed) return;
+  check.matrix("shift", shift, batch, cols);
+  check.matrix("scale", scale, batch, cols);
+  check.tokens("normed", normed, rows, cols);
+}
+
+void check_exchange(Checker& check, const TokenLayout& dense, const TokenLayout& sparse, const Matrix& position) {
+  check.layout("layout", dense, dense.batch);
+  check.layout("sparse_layout", sparse, dense.batch);
+  for (int64_t b = 0; b < dense.batch; ++b) {
+    const Grid &g = dense.grid(b), &s = sparse.grid(b);
+    check.holds(s.frames <= g.frames && s.height <= g.height && s.width <= g.width,
+                "sparse grid of sample " + std::to_string(b) + " is larger than its dense grid");
+    check.holds(!position || g.tokens() == position.rows,
+                "position has " + std::to_string(position.rows) + " rows, sample " + std::to_string(b) + " has " +
+                    std::to_string(g.tokens()) + " tokens");
+  }
+}
+
+int threads_of(const Execution& exec) { return exec.threads > 0 ? exec.threads : omp_get_max_threads(); }
+
+}  // namespace
+
+int64_t linear_backward_workspace(DType dtype, int64_t n, int64_t k) {
+  return dtype == DType::bfloat16 || dtype == DType::float16 ? n * k * size_of(DType::float32) : 0;
+}
+
+int64_t row_statistics_workspace(DType dtype, int64_t rows) { return 2 * rows * size_of(accumulation_type(dtype)); }
+
+void linear(const Linear& p, const Execution& exec) {
+  Checker check("linear");
+  check.matrix("x", p.x, p.x.rows, p.x.cols);
+  check.matrix("weight", p.weight, p.weight.rows, p.x.cols);
+  check.optional("bias", p.bias, 1, p.weight.rows);
+  check.matrix("y", p.y, p.x.rows, p.weight.rows);
+  on_cpu(exec, "linear");
+  if (p.x.dtype == DType::float64)
+    cpu::kernels().linear_float64(p, threads_of(exec));
+  else
+    cpu::linear(p, threads_of(exec));
+}
+
+void linear_backward(const LinearBackward& p, const Execution& exec) {
+  Checker check("linear_backward");
+  check.matrix("x", p.x, p.x.rows, p.x.cols);
+  check.matrix("weight", p.weight, p.weight.rows, p.x.cols);
+  check.matrix("grad_y", p.grad_y, p.x.rows, p.weight.rows);
+  check.optional("grad_x", p.grad_x, p.x.rows, p.x.cols);
+  check.optional("grad_weight", p.grad_weight, p.weight.rows, p.x.cols);
+  check.optional("grad_bias", p.grad_bias, 1, p.weight.rows);
+  if (p.grad_weight && linear_backward_workspace(p.x.dtype, 1, 1)) check.nonzero("workspace", p.workspace);
+  on_cpu(exec, "linear_backward");
+  if (p.x.dtype == DType::float64)
+    cpu::kernels().linear_float64_backward(p, threads_of(exec));
+  else
+    cpu::linear_backward(p, threads_of(exec));
+}
+
+void modulated_layer_norm(const ModulatedLayerNorm& p, const Execution& exec) {
+  Checker check("modulated_layer_norm");
+  check.layout("layout", p.layout, p.layout.batch);
+  check.tokens("x", p.x, p.layout.total(), p.x.cols);
+  check.matrix("shift", p.shift, p.layout.batch, p.x.cols);
+  check.matrix("scale", p.scale, p.layout.batch, p.x.cols);
+  check.tokens("y", p.y, p.layout.total(), p.x.cols);
+  on_cpu(exec, "modulated_layer_norm");
+  cpu::kernels().modulated_layer_norm(p, threads_of(exec));
+}
+
+void modulated_layer_norm_backward(const ModulatedLayerNormBackward& p, const Execution& exec) {
+  Checker check("modulated_layer_norm_backward");
+  check.layout("layout", p.layout, p.layout.batch);
+  const int64_t rows = p.layout.total(), cols = p.x.cols, batch = p.layout.batch;
+  check.tokens("x", p.x, rows, cols);
+  check.matrix("scale", p.scale, batch, cols);
+  check.tokens("grad_y", p.grad_y, rows, cols);
+  if (p.grad_residual) check.tokens("grad_residual", p.grad_residual, rows, cols);
+  check.tokens("grad_x", p.grad_x, rows, cols);
+  check.matrix("grad_shift", p.grad_shift, batch, cols);
+  check.matrix("grad_scale", p.grad_scale, batch, cols);
+  check.nonzero("workspace", p.workspace);
+  on_cpu(exec, "modulated_layer_norm_backward");
+  cpu::kernels().modulated_layer_norm_backward(p, threads_of(exec));
+}
+
+void gated_residual(const GatedResidual& p, const Execution& exec) {
+  Checker check("gated_residual");
+  check.layout("layout", p.layout, p.layout.batch);
+  const int64_t rows = p.layout.total(), cols = p.x.cols, batch = p.layout.batch;
+  check.tokens("x", p.x, rows, cols);
+  check.tokens("y", p.y, p.y_per_sample ? batch : rows, cols);
+  check.matrix("gate", p.gate, batch, cols);
+  check.tokens("out", p.out, rows, cols);
+  check_norm_fields(check, p.shift, p.scale, p.normed, batch, rows, cols);
+  on_cpu(exec, "gated_residual");
+  cpu::kernels().gated_residual(p, threads_of(exec));
+}
+
+void gated_residual_backward(const GatedResidualBackward& p, const Execution& exec) {
+  Checker check("gated_residual_backward");
+  check.layout("layout", p.layout, p.layout.batch);
+  const int64_t rows = p.layout.total(), cols = p.gate.cols, batch = p.layout.batch;
+  check.tokens("y", p.y, p.y_per_sample ? batch : rows, cols);
+  check.matrix("gate", p.gate, batch, cols);
+  check.tokens("grad_out", p.grad_out, rows, cols);
+  check.tokens("grad_y", p.grad_y, p.y_per_sample ? batch : rows, cols);
+  check.matrix("grad_gate", p.grad_gate, batch, cols);
+  on_cpu(exec, "gated_residual_backward");
+  cpu::kernels().gated_residual_backward(p, threads_of(exec));
+}
+
+void modulated_mean(const ModulatedMean& p, const Execution& exec) {
+  Checker check("modulated_mean");
+  check.layout("layout", p.layout, p.layout.batch);
+  check.tokens("x", p.x, p.layout.total(), p.x.cols);
+  check.matrix("shift", p.shift, p.layout.batch, p.x.cols);
+  check.matrix("scale", p.scale, p.layout.batch, p.x.cols);
+  check.matrix("mean", p.mean, p.layout.batch, p.x.cols);
+  check.nonzero("workspace", p.workspace);
+  on_cpu(exec, "modulated_mean");
+  cpu::kernels().modulated_mean(p, threads_of(exec));
+}
+
+void modulated_mean_backward(const ModulatedMeanBackward& p, const Execution& exec) {
+  Checker check("modulated_mean_backward");
+  check.layout("layout", p.layout, p.layout.batch);
+  const int64_t rows = p.layout.total(), cols = p.x.cols, batch = p.layout.batch;
+  check.tokens("x", p.x, rows, cols);
+  check.matrix("scale", p.scale, batch, cols);
+  check.matrix("grad_mean", p.grad_mean, batch, cols);
+  if (p.grad_residual) check.tokens("grad_residual", p.grad_residual, rows, cols);
+  check.tokens("grad_x", p.grad_x, rows, cols);
+  check.matrix("grad_shift", p.grad_shift, batch, cols);
+  check.matrix("grad_scale", p.grad_scale, batch, cols);
+  check.nonzero("workspace", p.workspace);
+  on_cpu(exec, "modulated_mean_backward");
+  cpu::kernels().modulated_mean_backward(p, threads_of(exec));
+}
+
+void pool_tokens(const PoolTokens& p, const Execution& exec) {
+  Checker check("pool_tokens");
+  check_exchange(check, p.layout, p.sparse_layout, p.position);
+  check.tokens("x", p.x, p.layout.total(), p.x.cols);
+  if (p.position) check.matrix("position", p.position, p.position.rows, p.x.cols);
+  check.tokens("out", p.out, p.sparse_layout.total(), p.x.cols);
+  on_cpu(exec, "pool_tokens");
+  cpu::kernels().pool_tokens(p, threads_of(exec));
+}
+
+void pool_tokens_backward(const PoolTokensBackward& p, const Execution& exec) {
+  Checker check("pool_tokens_backward");
+  check_exchange(check, p.layout, p.sparse_layout, {});
+  check.tokens("grad_out", p.grad_out, p.sparse_layout.total(), p.grad_out.cols);
+  check.tokens("grad_x", p.grad_x, p.layout.total(), p.grad_out.cols);
+  on_cpu(exec, "pool_tokens_backward");
+  cpu::kernels().pool_tokens_backward(p, threads_of(exec));
+}
+
+void gather_sparse(const GatherSparse& p, const Execution& exec) {
+  Checker check("gather_sparse");
+  check_exchange(check, p.layout, p.sparse_layout, p.position);
+  const int64_t rows = p.layout.total(), cols = p.x.cols;
+  check.tokens("x", p.x, rows, cols);
+  check.tokens("s", p.s, p.sparse_layout.total(), cols);
+  if (p.position) check.matrix("position", p.position, p.position.rows, cols);
+  check.tokens("out", p.out, rows, cols);
+  check_norm_fields(check, p.shift, p.scale, p.normed, p.layout.batch, rows, cols);
+  on_cpu(exec, "gather_sparse");
+  cpu::kernels().gather_sparse(p, threads_of(exec));
+}
+
+void gather_sparse_backward(const GatherSparseBackward& p, const Execution& exec) {
+  Checker check("gather_sparse_backward");
+  check_exchange(check, p.layout, p.sparse_layout, {});
+  check.tokens("grad_out", p.grad_out, p.layout.total(), p.grad_out.cols);
+  check.tokens("grad_s", p.grad_s, p.sparse_layout.total(), p.grad_out.cols);
+  on_cpu(exec, "gather_sparse_backward");
+  cpu::kernels().gather_sparse_backward(p, threads_of(exec));
+}
+
+void add_position(const AddPosition& p, const Execution& exec) {
+  Checker check("add_position");
+  check_exchange(check, p.layout, p.layout, p.position);
+  check.tokens("x", p.x, p.layout.total(), p.x.cols);
+  check.matrix("position", p.position, p.position.rows, p.x.cols);
+  on_cpu(exec, "add_position");
+  cpu::kernels().add_position(p, threads_of(exec));
+}
+
+namespace {
+
+void check_attention(Checker& check, const Attention& p) {
+  check.layout("layout_q", p.layout_q, p.layout_q.batch);
+  check.layout("layout_k", p.layout_k, p.layout_q.batch);
+  const int64_t rows_q = p.layout_q.total(), rows_k = p.layout_k.total();
+  check.tokens("q", p.q, rows_q, p.q.cols);
+  check.tokens("k", p.k, rows_k, p.q.cols);
+  check.tokens("v", p.v, rows_k, p.q.cols);
+  check.tokens("out", p.out, rows_q, p.q.cols);
+  check.holds(p.num_heads >= 1 && p.q.cols % p.num_heads == 0,
+              "num_heads is " + std::to_string(p.num_heads) + ", must divide the " + std::to_string(p.q.cols) +
+                  " columns of q");
+  if (p.lse) check.accumulation("lse", p.lse, rows_q, p.num_heads);
+}
+
+}  // namespace
+
+void attention(const Attention& p, const Execution& exec) {
+  Checker check("attention");
+  check_attention(check, p);
+  on_cpu(exec, "attention");
+  cpu::kernels().attention(p, threads_of(exec));
+}
+
+void attention_backward(const AttentionBackward& p, const Execution& exec) {
+  Checker check("attention_backward");
+  check_attention(check, p);
+  check.holds(bool(p.lse) || p.q.rows == 0, "lse is missing");
+  check.tokens("grad_out", p.grad_out, p.layout_q.total(), p.q.cols);
+  check.tokens("grad_q", p.grad_q, p.layout_q.total(), p.q.cols);
+  check.tokens("grad_k", p.grad_k, p.layout_k.total(), p.q.cols);
+  check.tokens("grad_v", p.grad_v, p.layout_k.total(), p.q.cols);
+  on_cpu(exec, "attention_backward");
+  cpu::kernels().attention_backward(p, threads_of(exec));
+}
+
+void gelu(const Elementwise& p, const Execution& exec) {
+  Checker check("gelu");
+  check.matrix("x", p.x, p.x.rows, p.x.cols);
+  check.matrix("y", p.y, p.x.rows, p.x.cols);
+  on_cpu(exec, "gelu");
+  cpu::kernels().gelu(p, threads_of(exec));
+}
+
+void gelu_backward(const GeluBackward& p, const Execution& exec) {
+  Checker check("gelu_backward");
+  check.matrix("x", p.x, p.x.rows, p.x.cols);
+  check.matrix("grad_y", p.grad_y, p.x.rows, p.x.cols);
+  check.matrix("y", p.y, p.x.rows, p.x.cols);
+  check.matrix("grad_x", p.grad_x, p.x.rows, p.x.cols);
+  on_cpu(exec, "gelu_backward");
+  cpu::kernels().gelu_backward(p, threads_of(exec));
+}
+
+void silu(const Elementwise& p, const Execution& exec) {
+  Checker check("silu");
+  check.matrix("x", p.x, p.x.rows, p.x.cols);
+  check.matrix("y", p.y, p.x.rows, p.x.cols);
+  on_cpu(exec, "silu");
+  cpu::kernels().silu(p, threads_of(exec));
+}
+
+void silu_backward(const SiluBackward& p, const Execution& exec) {
+  Checker check("silu_backward");
+  check.matrix("x", p.x, p.x.rows, p.x.cols);
+  check.matrix("grad_y", p.grad_y, p.x.rows, p.x.cols);
+  check.matrix("grad_x", p.grad_x, p.x.rows, p.x.cols);
+  on_cpu(exec, "silu_backward");
+  cpu::kernels().silu_backward(p, threads_of(exec));
+}
+
+namespace {
+
+void check_patches(Checker& check, const Patches& p) {
+  check.holds(p.patch >= 1 && p.height % p.patch == 0 && p.width % p.patch == 0,
+              "patch is " + std::to_string(p.patch) + ", must divide height " + std::to_string(p.height) +
+                  " and width " + std::to_string(p.width));
+  check.matrix("rows", p.rows, p.batch * (p.height / p.patch) * (p.width / p.patch), p.channels * p.patch * p.patch);
+  check.holds(p.image != nullptr || p.rows.rows == 0, "image is missing");
+}
+
+}  // namespace
+
+void patchify(const Patches& p, const Execution& exec) {
+  Checker check("patchify");
+  check_patches(check, p);
+  on_cpu(exec, "patchify");
+  cpu::kernels().patchify(p, threads_of(exec));
+}
+
+void unpatchify(const Patches& p, const Execution& exec) {
+  Checker check("unpatchify");
+  check_patches(check, p);
+  on_cpu(exec, "unpatchify");
+  cpu::kernels().unpatchify(p, threads_of(exec));
+}
+
+void timestep_embedding(const TimestepEmbedding& p, const Execution& exec) {
+  Checker check("timestep_embedding");
+  check.matrix("out", p.out, p.out.rows, p.out.cols);
+  check.holds(p.out.cols % 2 == 0, "out has " + std::to_string(p.out.cols) + " columns, must be even");
+  check.holds(p.t != nullptr || p.out.rows == 0, "t is missing");
+  on_cpu(exec, "timestep_embedding");
+  cpu::kernels().timestep_embedding(p, threads_of(exec));
+}
+
+void label_embedding(const LabelEmbedding& p, const Execution& exec) {
+  Checker check("label_embedding");
+  check.matrix("table", p.table, p.table.rows, p.table.cols);
+  check.matrix("x", p.x, p.x.rows, p.table.cols);
+  check.holds(p.labels != nullptr || p.x.rows == 0, "labels is missing");
+  on_cpu(exec, "label_embedding");
+  for (int64_t b = 0; b < p.x.rows; ++b)
+    check.holds(p.labels[b] >= 0 && p.labels[b] < p.table.rows,
+                "labels[" + std::to_string(b) + "] is " + std::to_string(p.labels[b]) + ", must lie in [0, " +
+                    std::to_string(p.table.rows) + ")");
+  cpu::kernels().label_embedding(p, threads_of(exec));
+}
+
+void label_embedding_backward(const LabelEmbeddingBackward& p, const Execution& exec) {
+  Checker check("label_embedding_backward");
+  check.matrix("grad_table", p.grad_table, p.grad_table.rows, p.grad_table.cols);
+  check.matrix("grad_out", p.grad_out, p.grad_out.rows, p.grad_table.cols);
+  check.holds(p.labels != nullptr || p.grad_out.rows == 0, "labels is missing");
+  on_cpu(exec, "label_embedding_backward");
+  cpu::kernels().label_embedding_backward(p, threads_of(exec));
+}
+
+void select_tokens(const SelectTokens& p, const Execution& exec) {
+  Checker check("select_tokens");
+  check.nonzero("schedule", p.schedule);
+  check.nonzero("table", p.table);
+  check.holds(p.t != nullptr || p.batch == 0, "t is missing");
+  on_cpu(exec, "select_tokens");
+  std::vector<Grid> grids(static_cast<size_t>(p.batch));
+  for (int64_t b = 0; b < p.batch; ++b) grids[static_cast<size_t>(b)] = p.schedule->grid(p.t[b]);
+  fill_layout(grids, p.table);
+}
+
+}  // namespace flexdit

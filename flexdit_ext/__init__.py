@@ -1,0 +1,20 @@
+"""FlexDiT: diffusion transformers with dynamic token density (arXiv 2412.06028), for training and inference."""
+
+from . import _core as _core  # registers dtypes with the C++ library
+from . import ops
+from .config import FlexDiTConfig
+from .layout import TokenLayout
+from .model import FlexDiT
+from .sampling import sample
+from .schedule import DensitySchedule
+from .version import __version__
+
+__all__ = [
+    "DensitySchedule",
+    "FlexDiT",
+    "FlexDiTConfig",
+    "TokenLayout",
+    "__version__",
+    "ops",
+    "sample",
+]

@@ -1,0 +1,185 @@
+"""FlexDiTConfig: what a model is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from . import _C
+from .schedule import DensitySchedule, Grid
+
+_POSITIVE = ("input_size", "patch_size", "in_channels", "hidden_size", "num_heads", "num_classes")
+_COUNTS = ("num_pooling_blocks", "num_sdtm", "num_dense_blocks")
+
+# hidden_size, num_heads, pooling blocks, SDTMs, (generation, sparse, recovery, dense), dense blocks.
+# XL/2 and B/2: method.md, Layouts. S/2 and L/2 follow the same proportions at DiT's widths and depths.
+_PRESETS = {
+    "S": (384, 6, 1, 2, (1, 2, 1, 1), 1),
+    "B": (768, 12, 1, 2, (1, 2, 1, 1), 1),
+    "L": (1024, 16, 2, 3, (1, 3, 1, 1), 4),
+    "XL": (1152, 16, 2, 4, (1, 3, 1, 1), 2),
+}
+
+
+@dataclass(frozen=True)
+class FlexDiTConfig:
+    """Configuration of FlexDiT.
+
+    Args:
+        input_size: height and width of the (latent) image.
+        patch_size: side of a patch; must divide input_size.
+        in_channels: channels of the image.
+        hidden_size: C; a multiple of num_heads and of 4 (the position embedding's sin-cos pairs).
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the MLPs over hidden_size.
+        num_classes: labels 0 .. num_classes - 1; label num_classes is the null class if class_dropout_prob > 0.
+        learn_sigma: predict 2 * in_channels channels, noise and variance.
+        class_dropout_prob: share of labels that train() replaces by the null class.
+        num_pooling_blocks, num_sdtm, num_dense_blocks: the three segments of the model, bottom to top.
+        sdtm_blocks: (generation, sparse, recovery, dense) blocks of a sparse-dense token module.
+        reinject_position: add the position embedding again where tokens change between sparse and dense.
+        schedule: DensitySchedule or its dict; None means the paper's pruning rates 0.61 to 0.86.
+
+    With num_pooling_blocks = num_sdtm = 0 the model is exactly DiT. Raises TypeError or ValueError naming the field.
+    """
+
+    input_size: int = 32
+    patch_size: int = 2
+    in_channels: int = 4
+    hidden_size: int = 1152
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    num_classes: int = 1000
+    learn_sigma: bool = True
+    class_dropout_prob: float = 0.1
+    num_pooling_blocks: int = 2
+    num_sdtm: int = 4
+    sdtm_blocks: tuple[int, int, int, int] = (1, 3, 1, 1)
+    num_dense_blocks: int = 2
+    reinject_position: bool = False
+    schedule: DensitySchedule | None = None
+
+    def __post_init__(self):
+        self._check_numbers()
+        blocks = self.sdtm_blocks
+        if not isinstance(blocks, (tuple, list)) or len(blocks) != 4 or any(type(n) is not int for n in blocks):
+            raise TypeError(f"sdtm_blocks is {blocks!r}, must be 4 ints (generation, sparse, recovery, dense)")
+        object.__setattr__(self, "sdtm_blocks", tuple(blocks))
+        if self.num_sdtm and (blocks[0] < 1 or blocks[2] < 1 or min(blocks) < 0):
+            raise ValueError(f"sdtm_blocks is {blocks}, must have a generation and a recovery block, and none below 0")
+        if self.depth == 0:
+            raise ValueError("num_pooling_blocks, num_sdtm and num_dense_blocks are all 0, the model has no blocks")
+        if isinstance(self.schedule, dict):
+            object.__setattr__(self, "schedule", DensitySchedule.from_dict(self.schedule))
+        self._check_schedule()
+
+    def _check_numbers(self):
+        for names, least in ((_POSITIVE, 1), (_COUNTS, 0)):
+            for name in names:
+                value = getattr(self, name)
+                if isinstance(value, bool) or not isinstance(value, int):
+                    raise TypeError(f"{name} is {value!r}, must be an int")
+                if value < least:
+                    raise ValueError(f"{name} is {value}, must be at least {least}")
+        for name in ("learn_sigma", "reinject_position"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} is {getattr(self, name)!r}, must be True or False")
+        if self.input_size % self.patch_size:
+            raise ValueError(f"input_size is {self.input_size}, must be a multiple of patch_size {self.patch_size}")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size is {self.hidden_size}, must be a multiple of num_heads {self.num_heads}")
+        if self.hidden_size % 4:
+            raise ValueError(f"hidden_size is {self.hidden_size}, must be a multiple of 4")
+        if isinstance(self.class_dropout_prob, bool) or not isinstance(self.class_dropout_prob, (int, float)):
+            raise TypeError(f"class_dropout_prob is {self.class_dropout_prob!r}, must be a number")
+        if not 0 <= self.class_dropout_prob < 1:
+            raise ValueError(f"class_dropout_prob is {self.class_dropout_prob}, must be at least 0 and below 1")
+        if isinstance(self.mlp_ratio, bool) or not isinstance(self.mlp_ratio, (int, float)):
+            raise TypeError(f"mlp_ratio is {self.mlp_ratio!r}, must be a number")
+        if not self.mlp_ratio > 0 or self.mlp_hidden_size < 1:
+            raise ValueError(f"mlp_ratio is {self.mlp_ratio}, must be positive and give at least one unit")
+
+    def _check_schedule(self):
+        if self.schedule is None:
+            return
+        if not isinstance(self.schedule, DensitySchedule):
+            raise TypeError(f"schedule is {self.schedule!r}, must be a DensitySchedule or None")
+        for grid in self.schedule.grids:
+            self.check_sparse_grid("schedule", grid)
+
+    def check_sparse_grid(self, name: str, grid: Grid) -> Grid:
+        """Raises ValueError unless `grid` fits into the dense grid."""
+        frames, height, width = (1, *grid)[-3:]
+        if frames != 1 or height > self.dense_grid[0] or width > self.dense_grid[1]:
+            raise ValueError(f"{name} has the sparse grid {grid}, at most the dense grid {self.dense_grid} is allowed")
+        return grid
+
+    @property
+    def dense_grid(self) -> Grid:
+        side = self.input_size // self.patch_size
+        return (side, side)
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def mlp_hidden_size(self) -> int:
+        return int(self.hidden_size * self.mlp_ratio)
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return self.num_pooling_blocks + self.num_sdtm * sum(self.sdtm_blocks) + self.num_dense_blocks
+
+    @property
+    def density_schedule(self) -> DensitySchedule:
+        """The schedule, or the paper's pruning rates 0.61 to 0.86 on this model's grid."""
+        return self.schedule or DensitySchedule.from_pruning_rates(0.61, 0.86, self.dense_grid)
+
+    @property
+    def core(self) -> _C.Config:
+        """The same for the C++ library."""
+        core = _C.Config()
+        core.input_height = core.input_width = self.input_size
+        core.patch_size, core.in_channels, core.out_channels = self.patch_size, self.in_channels, self.out_channels
+        core.hidden, core.mlp_hidden, core.num_heads = self.hidden_size, self.mlp_hidden_size, self.num_heads
+        core.label_rows = self.num_classes + (self.class_dropout_prob > 0)
+        core.num_pooling_blocks, core.num_sdtm = self.num_pooling_blocks, self.num_sdtm
+        core.generation_blocks, core.sparse_blocks, core.recovery_blocks, core.dense_blocks = self.sdtm_blocks
+        core.num_dense_blocks, core.reinject_position = self.num_dense_blocks, self.reinject_position
+        return core
+
+    def to_dict(self) -> dict:
+        """Plain values for JSON."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values["sdtm_blocks"] = list(self.sdtm_blocks)
+        values["schedule"] = self.schedule.to_dict() if self.schedule else None
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict) -> FlexDiTConfig:
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"config has unknown keys {unknown}, allowed are {sorted(known)}")
+        return cls(**values)
+
+    @classmethod
+    def preset(cls, name: str, image_size: int = 256, **overrides) -> FlexDiTConfig:
+        """The paper's layouts: name "S/2", "B/2", "L/2" or "XL/2", image_size 256 or 512 pixels (8 per latent)."""
+        size, _, patch = name.partition("/") if isinstance(name, str) else ("", "", "")
+        if size not in _PRESETS or patch != "2":
+            raise ValueError(f"preset is {name!r}, must be one of {', '.join(f'{key}/2' for key in _PRESETS)}")
+        if image_size not in (256, 512):
+            raise ValueError(f"image_size is {image_size!r}, must be 256 or 512")
+        hidden, heads, pooling, modules, blocks, dense = _PRESETS[size]
+        values = {
+            "input_size": image_size // 8,
+            "hidden_size": hidden,
+            "num_heads": heads,
+            "num_pooling_blocks": pooling,
+            "num_sdtm": modules,
+            "sdtm_blocks": blocks,
+            "num_dense_blocks": dense,
+        }
+        return cls(**(values | overrides))

@@ -1,0 +1,245 @@
+"""Samplers as tables of numbers: every step of every sampler is one linear combination.
+
+    x0   = x0_from_x * x + x0_from_output * output        (clamped to [-1, 1] with clip_x0)
+    next = x_coef * x + x0_coef * x0 + x0_previous_coef * (the step before's x0) + noise_coef * noise
+
+The one exception is DDPM with a learned variance, where the noise's coefficient comes from the output. The tables
+are computed in float64, so an engine in another language needs only them and this formula.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .ddpm import NUM_TIMESTEPS, GaussianDiffusion, split_output
+
+
+@dataclass(frozen=True)
+class SamplerStep:
+    """Coefficients of one step, see the module's formula; `timestep` is what the model is called with."""
+
+    timestep: int | float
+    x0_from_x: float
+    x0_from_output: float
+    x_coef: float
+    x0_coef: float
+    x0_previous_coef: float = 0.0
+    noise_coef: float = 0.0
+
+
+class Sampler:
+    """Walks from noise to data. Subclasses fill `self.steps`, first step first (t descends)."""
+
+    steps: list[SamplerStep]
+
+    def __init__(self, clip_x0: bool = False):
+        if not isinstance(clip_x0, bool):
+            raise TypeError(f"clip_x0 = {clip_x0!r}: must be a bool")
+        self.clip_x0 = clip_x0
+        self._previous: tuple[int, Tensor] | None = None  # (step, its x0), kept only where a later step reads it
+
+    @property
+    def timesteps(self) -> list:
+        """What the model is called with, step by step: ints in 0..999, or floats in (0, 1000] for flow."""
+        return [step.timestep for step in self.steps]
+
+    def needs_noise(self, i: int) -> bool:
+        """Whether step i reads noise."""
+        return self.steps[i].noise_coef > 0
+
+    def step(self, model_output: Tensor, i: int, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        """x at step i -> x at step i + 1 (after the last: the sample), [B, C, ...] in x's dtype.
+
+        model_output [B, C or 2C, ...]: the first C are the prediction; i: 0-based step; noise: standard normal like
+        x, needed where needs_noise(i). Call with i = 0, 1, ... in order: a two-step method remembers one tensor.
+        """
+        c = self.steps[i]
+        prediction, variance = split_output(model_output, x.shape[1])
+        x0 = c.x0_from_x * x + c.x0_from_output * prediction
+        if self.clip_x0:
+            x0 = x0.clamp(-1, 1)
+        result = c.x_coef * x + c.x0_coef * x0
+        if c.x0_previous_coef:
+            if self._previous is None or self._previous[0] != i - 1:
+                raise RuntimeError(f"i = {i}: {type(self).__name__} needs step {i - 1} to come just before")
+            result = result + c.x0_previous_coef * self._previous[1]
+        keep = i + 1 < len(self.steps) and self.steps[i + 1].x0_previous_coef
+        self._previous = (i, x0) if keep else None
+        if self.needs_noise(i):
+            if noise is None:
+                raise ValueError(f"noise: step {i} of {type(self).__name__} needs it")
+            result = result + self._noise_scale(i, variance) * noise
+        return result
+
+    def _noise_scale(self, i: int, variance: Tensor | None) -> float | Tensor:
+        return self.steps[i].noise_coef
+
+
+def _check_count(steps) -> int:
+    try:
+        count = operator.index(steps)
+    except TypeError:
+        count = None
+    if count is None or isinstance(steps, bool):
+        raise TypeError(f"steps = {steps!r}: must be an int in 1..{NUM_TIMESTEPS}")
+    if not 1 <= count <= NUM_TIMESTEPS:
+        raise ValueError(f"steps = {count}: must be in 1..{NUM_TIMESTEPS}")
+    return count
+
+
+def _respaced_diffusion(steps: int | str) -> GaussianDiffusion:
+    if not isinstance(steps, str):
+        return GaussianDiffusion(_check_count(steps))
+    try:
+        return GaussianDiffusion(steps)
+    except ValueError as error:
+        raise ValueError(f"steps = {steps!r}: {error}") from None
+
+
+class DDPMSampler(Sampler):
+    """Ancestral sampling, DDPM (arXiv 2006.11239) algorithm 2, on DiT's respaced timesteps.
+
+    steps: what space_timesteps takes; n gives the timesteps of DiT's create_diffusion(str(n)).
+    variance: "learned" (IDDPM eq. 15), "fixed_small" (betatilde_t), or None: learned where the output has 2C channels.
+    """
+
+    def __init__(self, steps: int | str, variance: str | None = None, clip_x0: bool = False):
+        super().__init__(clip_x0)
+        if variance not in (None, "learned", "fixed_small"):
+            raise ValueError(f"variance = {variance!r}: must be 'learned', 'fixed_small' or None")
+        self.variance = variance
+        self.diffusion = d = _respaced_diffusion(steps)
+        self.steps = [
+            SamplerStep(
+                timestep=d.timesteps[k],
+                x0_from_x=1 / d.signal_rate[k].item(),
+                x0_from_output=-(d.noise_rate[k] / d.signal_rate[k]).item(),
+                x_coef=d.posterior_mean_x[k].item(),
+                x0_coef=d.posterior_mean_x0[k].item(),
+                noise_coef=math.sqrt(d.posterior_variance[k].item()),
+            )
+            for k in reversed(range(d.num_timesteps))
+        ]
+
+    def _noise_scale(self, i: int, variance: Tensor | None) -> float | Tensor:
+        if self.variance == "fixed_small" or (self.variance is None and variance is None):
+            return self.steps[i].noise_coef
+        if variance is None:
+            raise ValueError("model_output: variance='learned' needs 2C channels, the second half being the variance")
+        k = torch.full((variance.shape[0],), len(self.steps) - 1 - i, device=variance.device)
+        return (0.5 * self.diffusion.learned_log_variance(variance, k)).exp()
+
+
+class DDIMSampler(Sampler):
+    """DDIM (arXiv 2010.02502), eq. 12 and 16, on DiT's respaced timesteps; eta in [0, 1], 0 is deterministic.
+
+    steps: what space_timesteps takes; n gives the timesteps of DiT's create_diffusion(str(n)), "ddimN" those of
+    diffusers' default spacing ("leading"). With clip_x0 the noise is derived again from the clamped x0, as in ADM.
+    """
+
+    def __init__(self, steps: int | str, eta: float = 0.0, clip_x0: bool = False):
+        super().__init__(clip_x0)
+        if isinstance(eta, bool) or not isinstance(eta, numbers.Real):
+            raise TypeError(f"eta = {eta!r}: must be a float in [0, 1]")
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta = {eta}: must be in [0, 1]")
+        d = _respaced_diffusion(steps)
+        self.steps = []
+        for k in reversed(range(d.num_timesteps)):
+            signal, noise = d.signal_rate[k].item(), d.noise_rate[k].item()
+            signal_next = math.sqrt(d.alphas_cumprod_prev[k].item())
+            std = eta * math.sqrt(d.posterior_variance[k].item())
+            # next = signal_next * x0 + direction * epsilon with epsilon = (x - signal * x0) / noise
+            direction = math.sqrt(max(0.0, 1 - d.alphas_cumprod_prev[k].item() - std**2))
+            self.steps.append(
+                SamplerStep(
+                    timestep=d.timesteps[k],
+                    x0_from_x=1 / signal,
+                    x0_from_output=-noise / signal,
+                    x_coef=direction / noise,
+                    x0_coef=signal_next - direction * signal / noise,
+                    noise_coef=std,
+                )
+            )
+
+
+class DPMSolverPPSampler(Sampler):
+    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): midpoint form, ending at x0, first and last step first-order.
+
+    Timesteps and orders are those of diffusers' DPMSolverMultistepScheduler: n of n + 1 evenly spaced timesteps
+    999..0, the last left out (with n = 1000, where they would repeat: 999, 998, ..., 0).
+    """
+
+    def __init__(self, steps: int, clip_x0: bool = False):
+        super().__init__(clip_x0)
+        steps = _check_count(steps)
+        full = GaussianDiffusion()
+        last = NUM_TIMESTEPS - 1
+        timesteps = [round(k * (last / steps)) for k in range(steps, 0, -1)] if steps <= last else range(last, -1, -1)
+        signal = [full.signal_rate[t].item() for t in timesteps] + [1.0]
+        noise = [full.noise_rate[t].item() for t in timesteps] + [0.0]
+        half_log_snr = [math.log(s / n) if n else math.inf for s, n in zip(signal, noise)]
+        self.steps = []
+        for i, t in enumerate(timesteps):
+            h = half_log_snr[i + 1] - half_log_snr[i]
+            x0_coef = -signal[i + 1] * math.expm1(-h)
+            previous = 0.0
+            if 0 < i < len(timesteps) - 1:
+                previous = -0.5 * x0_coef * h / (half_log_snr[i] - half_log_snr[i - 1])
+            self.steps.append(
+                SamplerStep(
+                    timestep=t,
+                    x0_from_x=1 / signal[i],
+                    x0_from_output=-noise[i] / signal[i],
+                    x_coef=noise[i + 1] / noise[i],
+                    x0_coef=x0_coef - previous,
+                    x0_previous_coef=previous,
+                )
+            )
+
+
+class FlowEulerSampler(Sampler):
+    """Euler steps x += (t' - t) velocity along the linear path, t = 1, 1 - 1/n, ..., 1/n -> 0.
+
+    The model is called with 1000 t. The same times as diffusers' FlowMatchEulerDiscreteScheduler with
+    sigmas = linspace(1, 1/n, n), which the Flux and SD3 pipelines pass.
+    """
+
+    def __init__(self, steps: int, clip_x0: bool = False):
+        super().__init__(clip_x0)
+        steps = _check_count(steps)
+        # x0 = x - t velocity, so x + (t' - t) velocity = (t'/t) x + (1 - t'/t) x0
+        self.steps = [
+            SamplerStep(
+                timestep=NUM_TIMESTEPS * k / steps,
+                x0_from_x=1.0,
+                x0_from_output=-k / steps,
+                x_coef=(k - 1) / k,
+                x0_coef=1 / k,
+            )
+            for k in range(steps, 0, -1)
+        ]
+
+
+SAMPLERS = {"ddim": DDIMSampler, "ddpm": DDPMSampler, "dpmpp": DPMSolverPPSampler, "flow": FlowEulerSampler}
+
+
+def make_sampler(sampler: str = "ddim", steps: int | str = 50, eta: float = 0.0, clip_x0: bool = False) -> Sampler:
+    """A sampler by name: "ddim", "ddpm", "dpmpp" (DPM-Solver++(2M)) or "flow" (Euler).
+
+    steps: int in 1..1000; ddim and ddpm also take a respacing string such as "ddim50" (see space_timesteps).
+    eta: DDIM's, in [0, 1]; the others take only 0. Raises ValueError or TypeError naming the argument.
+    """
+    if not isinstance(sampler, str) or sampler not in SAMPLERS:
+        raise ValueError(f"sampler = {sampler!r}: must be one of {', '.join(map(repr, SAMPLERS))}")
+    if sampler == "ddim":
+        return DDIMSampler(steps, eta, clip_x0)
+    if eta != 0:
+        raise ValueError(f"eta = {eta!r}: only sampler 'ddim' has it, {sampler!r} takes 0")
+    return SAMPLERS[sampler](steps, clip_x0=clip_x0)

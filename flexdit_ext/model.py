@@ -1,0 +1,250 @@
+"""FlexDiT: the diffusion transformer with controlled token density, as a torch.nn.Module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from . import _block_ops, _C, ops
+from .blocks import DenseBlock, PoolingBlock, SparseDenseTokenModule, autocast_dtype, cast
+from .config import FlexDiTConfig
+from .layout import TokenLayout
+from .schedule import Grid, check_grid
+
+
+def sincos_position_embedding(grid: Grid, dim: int) -> Tensor:
+    """The fixed 2-D sin-cos position embedding [h * w, dim], float32: the first half encodes x, the second y, each as
+    sines and cosines of w_i = 10000^(-i / (dim / 4)). Source: DiT (after MAE), arXiv 2212.09748."""
+    height, width = grid[-2:]
+    frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+
+    def encode(positions: Tensor) -> Tensor:
+        angles = positions.to(torch.float64)[:, None] * frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+    x = encode(torch.arange(width)).repeat(height, 1)
+    y = encode(torch.arange(height)).repeat_interleave(width, 0)
+    return torch.cat([x, y], dim=1).float()
+
+
+class TimestepEmbedding(nn.Module):
+    """fc2(SiLU(fc1(features(t)))), computed together with the label embedding."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.fc1 = nn.Linear(_block_ops.TIMESTEP_FEATURES, hidden_size)
+        self.fc2 = nn.Linear(hidden_size, hidden_size)
+
+
+class FinalLayer(nn.Module):
+    """LN, shift and scale, linear to the pixels of a patch."""
+
+    def __init__(self, hidden_size: int, patch_values: int):
+        super().__init__()
+        self.modulation = nn.Linear(hidden_size, 2 * hidden_size)
+        self.linear = nn.Linear(hidden_size, patch_values)
+
+
+class FlexDiT(nn.Module):
+    """Diffusion transformer with dynamic token density (arXiv 2412.06028, also SparseDiT).
+
+    Args:
+        config: FlexDiTConfig.
+        dtype, device: of the parameters; float32, bfloat16 or float64 on the CPU.
+
+    `activation_checkpointing = True` recomputes every block in backward instead of keeping its activations.
+    """
+
+    def __init__(self, config: FlexDiTConfig, dtype: torch.dtype | None = None, device=None):
+        super().__init__()
+        if not isinstance(config, FlexDiTConfig):
+            raise TypeError(f"config is {type(config).__name__}, must be a FlexDiTConfig")
+        self.config = config
+        self.activation_checkpointing = False
+        hidden, patch = config.hidden_size, config.patch_size
+        size = (hidden, config.num_heads, config.mlp_hidden_size)
+        self.register_buffer("pos_embed", sincos_position_embedding(config.dense_grid, hidden))
+        self.patch_embed = nn.Conv2d(config.in_channels, hidden, patch, stride=patch)
+        self.timestep_embed = TimestepEmbedding(hidden)
+        self.label_embed = nn.Embedding(config.num_classes + (config.class_dropout_prob > 0), hidden)
+        self.pooling_blocks = nn.ModuleList(PoolingBlock(*size) for _ in range(config.num_pooling_blocks))
+        self.sdtm = nn.ModuleList(SparseDenseTokenModule(*size, config.sdtm_blocks) for _ in range(config.num_sdtm))
+        self.dense_blocks = nn.ModuleList(DenseBlock(*size) for _ in range(config.num_dense_blocks))
+        self.final_layer = FinalLayer(hidden, patch * patch * config.out_channels)
+        self.reset_parameters()
+        self.to(device=device, dtype=dtype)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """DiT's initialisation: modulations and the output start at zero, so every block starts as the identity;
+        recovery starts with W_1 = 0, W_2 = I, so m = x (method.md)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.weight.view(self.config.hidden_size, -1))
+        nn.init.zeros_(self.patch_embed.bias)
+        for weight in (self.label_embed.weight, self.timestep_embed.fc1.weight, self.timestep_embed.fc2.weight):
+            nn.init.normal_(weight, std=0.02)
+        for name, module in self.named_modules():
+            if name.endswith((".modulation", "final_layer.linear")):
+                nn.init.zeros_(module.weight)
+        for sdtm in self.sdtm:
+            for block in sdtm.recovery:
+                nn.init.zeros_(block.from_sparse.weight)
+                nn.init.eye_(block.from_dense.weight)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, grid: Grid | Sequence[Grid] | None = None) -> Tensor:
+        """Predicts noise (and variance) of latents.
+
+        Args:
+            x: [B, in_channels, input_size, input_size], the model's dtype.
+            t: [B] timesteps in [0, 1000], integers or floating point.
+            y: [B] labels, integers; num_classes is the null class.
+            grid: sparse grid (h, w) of all samples, or a list of one per sample; None follows the density schedule
+                at each sample's timestep.
+
+        Returns [B, out_channels, input_size, input_size]. In train() labels are dropped with class_dropout_prob.
+        Raises TypeError or ValueError naming the argument.
+        """
+        config = self.config
+        self._check_inputs(x, t, y)
+        sparse_layout = self._sparse_layout(x.shape[0], t, grid)
+        layout = TokenLayout.uniform(x.shape[0], config.dense_grid)
+        if self.training and config.class_dropout_prob > 0:
+            dropped = torch.rand(y.shape, device=y.device) < config.class_dropout_prob
+            y = torch.where(dropped, config.num_classes, y)
+        dtype = autocast_dtype(x)
+        condition = _block_ops.condition(
+            t, y, cast(self._condition_parameters(), dtype), config.density_schedule.num_timesteps
+        )
+        x, weight, bias, position = cast([x, self.patch_embed.weight, self.patch_embed.bias, self.pos_embed], dtype)
+        tokens, _ = _block_ops.patch_embed(x, weight, bias, position, layout.table)
+        for block in self.pooling_blocks:
+            tokens = self._run(block, tokens, condition, layout)
+        position = position if config.reinject_position else None
+        for module in self.sdtm:
+            tokens = self._run_sdtm(module, tokens, condition, layout, sparse_layout, position)
+        for block in self.dense_blocks:
+            tokens = self._run(block, tokens, condition, layout)
+        layer = self.final_layer
+        parameters = [layer.modulation.weight, layer.modulation.bias, layer.linear.weight, layer.linear.bias]
+        return _block_ops.final_layer(
+            cast(parameters, dtype),
+            tokens,
+            condition,
+            layout.table,
+            config.out_channels,
+            config.input_size,
+            config.patch_size,
+        )
+
+    def forward_with_cfg(
+        self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, grid: Grid | Sequence[Grid] | None = None
+    ) -> Tensor:
+        """Classifier-free guidance as DiT does it: the second half of the batch repeats the first half's latents under
+        other labels (the null class), and min(3, in_channels) channels are guided: uncond + scale (cond - uncond).
+
+        Shapes as forward, with B even.
+        """
+        if x.dim() != 4 or x.shape[0] % 2:
+            raise ValueError(f"x has shape {tuple(x.shape)}, must be [B, in_channels, H, W] with an even B")
+        if isinstance(cfg_scale, bool) or not isinstance(cfg_scale, (int, float)) or not math.isfinite(cfg_scale):
+            raise ValueError(f"cfg_scale is {cfg_scale!r}, must be a finite number")
+        half = x[: x.shape[0] // 2]
+        out = self.forward(torch.cat([half, half]), t, y, grid)
+        guided = min(3, self.config.in_channels)
+        conditional, unconditional = out[:, :guided].chunk(2)
+        combined = unconditional + cfg_scale * (conditional - unconditional)
+        return torch.cat([torch.cat([combined, combined]), out[:, guided:]], dim=1)
+
+    def macs(self, grid: Grid | None = None) -> float:
+        """Multiply-accumulates of one sample's forward pass at a sparse grid, as this library computes them, attention
+        scores included; with None the mean over all timesteps of the density schedule."""
+        if self.config.num_sdtm == 0:
+            return _C.model_macs(self.config.core, (1, 1))
+        if grid is not None:
+            grid = self.config.check_sparse_grid("grid", check_grid("grid", grid))
+            return _C.model_macs(self.config.core, grid)
+        schedule = self.config.density_schedule
+        ends = [*schedule.begins[1:], schedule.num_timesteps]
+        total = sum(
+            (end - begin) * _C.model_macs(self.config.core, grid)
+            for begin, end, grid in zip(schedule.begins, ends, schedule.grids, strict=True)
+        )
+        return total / schedule.num_timesteps
+
+    def save_pretrained(self, directory) -> None:
+        """Writes config.json and model.safetensors into `directory`, each whole or not at all."""
+        from .checkpoint import save_pretrained
+
+        save_pretrained(self, directory)
+
+    @classmethod
+    def from_pretrained(cls, directory_or_file, dtype: torch.dtype | None = None, device=None) -> FlexDiT:
+        """Loads what save_pretrained wrote, from the folder or from the safetensors file alone."""
+        from .checkpoint import load_pretrained
+
+        return load_pretrained(directory_or_file, dtype=dtype, device=device)
+
+    def _run(self, block: nn.Module, *arguments) -> Tensor:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *arguments, use_reentrant=False)
+        return block(*arguments)
+
+    def _run_sdtm(self, module, tokens, condition, layout, sparse_layout, position) -> Tensor:
+        sparse = ops.pool_tokens_with_position(tokens, position, layout, sparse_layout)
+        for block in module.generation:
+            sparse = self._run(block, sparse, tokens, condition, sparse_layout, layout)
+        for block in module.sparse:
+            sparse = self._run(block, sparse, condition, sparse_layout)
+        for block in module.recovery:
+            tokens = self._run(block, tokens, sparse, condition, layout, sparse_layout, position)
+        for block in module.dense:
+            tokens = self._run(block, tokens, condition, layout)
+        return tokens
+
+    def _condition_parameters(self) -> list[Tensor]:
+        fc1, fc2 = self.timestep_embed.fc1, self.timestep_embed.fc2
+        return [fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.label_embed.weight]
+
+    def _sparse_layout(self, batch: int, t: Tensor, grid) -> TokenLayout | None:
+        if self.config.num_sdtm == 0:
+            return None
+        if grid is None:
+            return ops.select_tokens(t, self.config.density_schedule)
+        if isinstance(grid, (tuple, list)) and grid and isinstance(grid[0], (tuple, list)):
+            if len(grid) != batch:
+                raise ValueError(f"grid lists {len(grid)} grids, must list one for each of the {batch} samples")
+            return TokenLayout([self._checked(f"grid[{i}]", one) for i, one in enumerate(grid)])
+        return TokenLayout.uniform(batch, self._checked("grid", grid))
+
+    def _checked(self, name: str, grid) -> Grid:
+        return self.config.check_sparse_grid(name, check_grid(name, grid))
+
+    def _check_inputs(self, x: Tensor, t: Tensor, y: Tensor) -> None:
+        """Everything that shapes and dtypes tell; values of t and y are checked where they are read."""
+        config, weight = self.config, self.patch_embed.weight
+        for name, tensor in (("x", x), ("t", t), ("y", y)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} is {type(tensor).__name__}, must be a torch.Tensor")
+            if tensor.device != weight.device:
+                raise ValueError(f"{name} is on {tensor.device}, the model on {weight.device}: they must agree")
+        if x.dim() != 4 or x.shape[1:] != (config.in_channels, config.input_size, config.input_size):
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, must be [B, {config.in_channels}, {config.input_size}, "
+                f"{config.input_size}]"
+            )
+        if not x.is_floating_point() or (x.dtype != weight.dtype and autocast_dtype(x) is None):
+            raise TypeError(f"x is {x.dtype}, must have the model's dtype {weight.dtype}")
+        for name, tensor in (("t", t), ("y", y)):
+            if tensor.shape != x.shape[:1]:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, must be [{x.shape[0]}], one for each sample")
+        if t.dtype == torch.bool or t.is_complex():
+            raise TypeError(f"t is {t.dtype}, must be an integer or floating-point dtype")
+        if y.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+            raise TypeError(f"y is {y.dtype}, must be an integer dtype")

@@ -1,0 +1,303 @@
+"""Sampling from a FlexDiT (or any model with its interface): sampler, classifier-free guidance, seeds."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import operator
+import warnings
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .diffusion.ddpm import split_output
+from .diffusion.samplers import Sampler, make_sampler
+
+__all__ = ["derive_seed", "sample"]
+
+_CONFIG_FIELDS = ("input_size", "in_channels", "num_classes", "class_dropout_prob")
+
+
+def derive_seed(seed: int, index: int) -> int:
+    """The seed, in [0, 2**32), of sample `index` of a run: distinct for distinct indices below 2**32.
+
+    torch's CPU generator reads 32 bits of a seed, so both are mixed down to them: splitmix64 makes two keys of
+    `seed`, and MurmurHash3's finalizer, which is one-to-one, scatters the index between them.
+    """
+    z = (seed + 0x9E3779B97F4A7C15) & (2**64 - 1)
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & (2**64 - 1)
+    z ^= z >> 31
+    mixed = (index + z) & (2**32 - 1)
+    mixed = (mixed ^ (mixed >> 16)) * 0x85EBCA6B & (2**32 - 1)
+    mixed = (mixed ^ (mixed >> 13)) * 0xC2B2AE35 & (2**32 - 1)
+    return mixed ^ (mixed >> 16) ^ (z >> 32)
+
+
+@torch.no_grad()
+def sample(
+    model: nn.Module,
+    y: Tensor | Sequence[int],
+    steps: int | str = 50,
+    sampler: str = "ddim",
+    cfg_scale: float | Sequence[float] | Tensor = 1.0,
+    seed: int | Sequence[int] = 0,
+    *,
+    eta: float = 0.0,
+    grid=None,
+    guidance_channels: int | str | None = None,
+    clip_x0: bool = False,
+    batch_size: int | None = None,
+    start_index: int = 0,
+    progress: bool = False,
+) -> Tensor:
+    """Latents for the labels y: [B, C, H, W] in the dtype and on the device of the model's parameters.
+
+    The solver's own state is float32 (float64 for a float64 model). The model runs in eval mode, without gradients;
+    its training flags are restored, and torch's global random state is neither read nor changed.
+
+    model: called as model(x, t, y, grid=grid); has .config with input_size, in_channels, num_classes and
+        class_dropout_prob. A flow model for sampler="flow", a DDPM model (epsilon, maybe learned variance) otherwise.
+    y: int64 (or int32) [B] or a list of ints, labels in 0..num_classes - 1, or num_classes, the null class, where
+        class_dropout_prob > 0.
+    steps: int in 1..1000; for ddim and ddpm also a respacing string such as "ddim50" (see space_timesteps).
+    sampler: "ddim", "ddpm" (learned variance where the model has one), "dpmpp" (DPM-Solver++(2M)) or "flow" (Euler).
+    cfg_scale: classifier-free guidance, >= 0, one for all or one per sample:
+        uncond + cfg_scale * (cond - uncond) (Ho and Salimans, arXiv 2207.12598, with cfg_scale = 1 + w).
+        1 is no guidance, and one model call per step in place of a doubled batch.
+    seed: int in [0, 2**64): sample i draws all its noise from a generator of its own, seeded by
+        (seed, start_index + i), on the CPU in float32; so an image does not depend on the batch it is in. A list of B
+        ints gives sample i the noise that a run with seed[i] gives its sample 0.
+    eta: DDIM's eta in [0, 1].
+    grid: sparse grid for the model: None (its schedule), one grid (h, w), or a list of B grids.
+    guidance_channels: how many of the first prediction channels are guided: None is DiT's min(3, C); "all"; or an int
+        in 1..C. The other channels and the learned variance are the conditional ones.
+    clip_x0: clamp the predicted x0 to [-1, 1] at each step (for models of pixels).
+    batch_size: most samples at once (guidance doubles it inside); None is all.
+    start_index: number of the first sample, so that several calls or processes continue one run.
+    progress: a tqdm bar over all steps.
+
+    Raises TypeError or ValueError, naming the argument, what it was and what is allowed, before anything is computed.
+    """
+    config = _check_config(model)
+    labels = _check_labels(y, config)
+    total = len(labels)
+    walker = make_sampler(sampler, steps, eta, clip_x0)
+    scales = _check_cfg_scale(cfg_scale, total, config)
+    channels = _check_guidance_channels(guidance_channels, config)
+    seeds = _check_seeds(seed, _check_int("start_index", start_index, 0), total)
+    grids = _check_grid(grid, total)
+    batch_size = total if batch_size is None else _check_int("batch_size", batch_size, 1)
+    dtype, device = _dtype_and_device(model)
+
+    size = config.input_size
+    shape = (config.in_channels, *((size, size) if isinstance(size, int) else size))
+    chunks = [slice(start, min(start + batch_size, total)) for start in range(0, total, batch_size)]
+    out = torch.empty(total, *shape, dtype=dtype, device=device)
+    with _eval_mode(model), _progress_bar(progress, len(chunks) * len(walker.steps)) as tick:
+        for part in chunks:
+            denoiser = _Denoiser(
+                model,
+                labels[part].to(device),
+                None if scales is None else scales[part].to(device),
+                channels,
+                grids[part] if isinstance(grids, list) else grids,
+                config,
+                dtype,
+            )
+            out[part] = _walk(walker, denoiser, seeds[part], shape, tick).to(dtype)
+    return out
+
+
+def _walk(walker: Sampler, denoiser: _Denoiser, seeds: list[int], shape: tuple, tick) -> Tensor:
+    """One batch from noise to latents, in the solver's dtype."""
+    state_dtype = torch.promote_types(denoiser.dtype, torch.float32)
+    device = denoiser.labels.device
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
+
+    def draw() -> Tensor:
+        noise = torch.stack([torch.randn(shape, generator=g, dtype=torch.float32) for g in generators])
+        return noise.to(device=device, dtype=state_dtype)
+
+    x = draw()
+    for i, timestep in enumerate(walker.timesteps):
+        noise = draw() if walker.needs_noise(i) else None
+        x = walker.step(denoiser(x, timestep), i, x, noise)
+        tick()
+    return x
+
+
+class _Denoiser:
+    """The model's output for one batch, guided."""
+
+    def __init__(self, model, labels, scales, channels, grids, config, dtype):
+        self.model, self.labels, self.channels, self.dtype = model, labels, channels, dtype
+        self.in_channels = config.in_channels
+        # All scales 1: the conditional output alone is the same thing.
+        self.scales = None if scales is None or bool((scales == 1).all()) else scales.view(-1, 1, 1, 1)
+        self.grids = grids
+        if self.scales is not None:
+            self.grids = grids + grids if isinstance(grids, list) else grids
+            self.both_labels = torch.cat([labels, torch.full_like(labels, config.num_classes)])
+
+    def __call__(self, x: Tensor, timestep: float) -> Tensor:
+        """x [B, C, H, W] in the solver's dtype -> [B, C or 2C, H, W] in the same dtype."""
+        guided = self.scales is not None
+        labels = self.both_labels if guided else self.labels
+        # Integer timesteps stay integers, as in DiT; flow's are float32.
+        t_dtype = torch.int64 if isinstance(timestep, int) else torch.float32
+        t = torch.full((len(labels),), timestep, dtype=t_dtype, device=x.device)
+        inputs = torch.cat([x, x]) if guided else x
+        output = self.model(inputs.to(self.dtype), t, labels, grid=self.grids).to(x.dtype)
+        split_output(output, self.in_channels)  # for its check
+        if not guided:
+            return output
+        cond, uncond = output.chunk(2)
+        k = self.channels
+        # uncond + scale * (cond - uncond), and exactly cond at 1: a neighbour's scale must not change an image
+        mixed = torch.lerp(uncond[:, :k], cond[:, :k], self.scales.to(x.dtype))
+        return torch.cat([mixed, cond[:, k:]], dim=1)
+
+
+@contextlib.contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def _progress_bar(progress: bool, total_steps: int) -> Iterator:
+    """Yields what to call after each step."""
+    bar = None
+    if progress:
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            warnings.warn("progress: tqdm is not installed, so there is no progress bar", stacklevel=3)
+        else:
+            bar = tqdm(total=total_steps, desc="sampling", unit="step")
+    try:
+        yield (lambda: None) if bar is None else bar.update
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def _dtype_and_device(model: nn.Module) -> tuple[torch.dtype, torch.device]:
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            return parameter.dtype, parameter.device
+    return torch.float32, torch.device("cpu")
+
+
+def _check_config(model):
+    config = getattr(model, "config", None)
+    missing = [name for name in _CONFIG_FIELDS if not hasattr(config, name)]
+    if not isinstance(model, nn.Module) or missing:
+        raise TypeError(
+            f"model: must be an nn.Module whose .config has {', '.join(_CONFIG_FIELDS)}; got {type(model).__name__}"
+            + (f" without {', '.join(missing)}" if missing else "")
+        )
+    return config
+
+
+def _check_int(name: str, value, low: int, high: int | None = None) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        value = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} = {value!r}: must be an int") from None
+    if value < low or (high is not None and value > high):
+        raise ValueError(
+            f"{name} = {value}: must be at least {low}" + (f", at most {high}" if high is not None else "")
+        )
+    return value
+
+
+def _check_labels(y, config) -> Tensor:
+    if not isinstance(y, Tensor):
+        if isinstance(y, (str, bytes)) or not hasattr(y, "__len__"):
+            raise TypeError(f"y: must be an int64 tensor [B] or a list of ints, got {type(y).__name__}")
+        try:
+            y = torch.as_tensor(y) if len(y) else torch.empty(0, dtype=torch.int64)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"y = {y!r}: must be an int64 tensor [B] or a list of ints") from None
+    if y.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"y: must be int64, got {y.dtype}")
+    if y.ndim != 1 or len(y) == 0:
+        raise ValueError(f"y: must be one-dimensional with at least one label, got shape {tuple(y.shape)}")
+    last = config.num_classes - (0 if config.class_dropout_prob > 0 else 1)
+    if y.min() < 0 or y.max() > last:
+        raise ValueError(f"y: labels must be in 0..{last}, got {y.min().item()}..{y.max().item()}")
+    return y.to(torch.int64)
+
+
+def _check_cfg_scale(cfg_scale, total: int, config) -> Tensor | None:
+    """None without guidance, else float64 [B] on the CPU."""
+    try:
+        scales = torch.as_tensor(cfg_scale).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"cfg_scale = {cfg_scale!r}: must be a float or one float per sample") from None
+    if scales.dtype == torch.bool or scales.is_complex():
+        raise TypeError(f"cfg_scale = {cfg_scale!r}: must be a float or one float per sample")
+    if scales.ndim > 0 and scales.shape != (total,):
+        raise ValueError(f"cfg_scale: must be a float or one per sample ({total}), got shape {tuple(scales.shape)}")
+    scales = scales.to(torch.float64).expand(total)
+    bad = [s for s in scales.tolist() if not (s >= 0 and math.isfinite(s))]
+    if bad:
+        raise ValueError(f"cfg_scale = {bad[0]}: must be finite and at least 0")
+    if bool((scales == 1).all()):
+        return None
+    if not config.class_dropout_prob > 0:
+        raise ValueError(
+            f"cfg_scale = {cfg_scale!r}: guidance needs a null class, and this model has none "
+            f"(class_dropout_prob = {config.class_dropout_prob}); only 1.0 is allowed"
+        )
+    return scales
+
+
+def _check_guidance_channels(guidance_channels, config) -> int:
+    if guidance_channels is None:
+        return min(3, config.in_channels)
+    if isinstance(guidance_channels, str):
+        if guidance_channels != "all":
+            raise ValueError(
+                f"guidance_channels = {guidance_channels!r}: must be None, 'all' or 1..{config.in_channels}"
+            )
+        return config.in_channels
+    return _check_int("guidance_channels", guidance_channels, 1, config.in_channels)
+
+
+def _check_seeds(seed, start_index: int, total: int) -> list[int]:
+    if isinstance(seed, Tensor):
+        seed = seed.tolist()
+    if isinstance(seed, (list, tuple)):
+        if len(seed) != total:
+            raise ValueError(f"seed: a list must have one seed per sample ({total}), got {len(seed)}")
+        return [derive_seed(_check_int(f"seed[{i}]", s, 0, 2**64 - 1), 0) for i, s in enumerate(seed)]
+    seed = _check_int("seed", seed, 0, 2**64 - 1)
+    return [derive_seed(seed, start_index + i) for i in range(total)]
+
+
+def _check_grid(grid, total: int):
+    """None, one tuple for all samples, or a list of one tuple per sample."""
+
+    def one(value, name: str) -> tuple[int, ...]:
+        if not isinstance(value, (tuple, list)) or len(value) not in (2, 3):
+            raise TypeError(f"{name} = {value!r}: must be (h, w) or (f, h, w)")
+        return tuple(_check_int(f"{name}[{axis}]", side, 1) for axis, side in enumerate(value))
+
+    if grid is None:
+        return None
+    if isinstance(grid, list) and grid and isinstance(grid[0], (tuple, list)):
+        if len(grid) != total:
+            raise ValueError(f"grid: a list must have one grid per sample ({total}), got {len(grid)}")
+        return [one(value, f"grid[{i}]") for i, value in enumerate(grid)]
+    return one(grid, "grid")

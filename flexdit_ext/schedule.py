@@ -1,0 +1,133 @@
+"""The density schedule: how many sparse tokens a diffusion timestep gets. The arithmetic is the C++ library's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from . import _C
+
+Grid = tuple[int, ...]
+
+
+def check_grid(name: str, grid) -> Grid:
+    """Returns `grid` as a tuple of 2 or 3 positive ints, or raises naming the argument."""
+    if isinstance(grid, (str, bytes)) or not isinstance(grid, Sequence) or len(grid) not in (2, 3):
+        raise TypeError(f"{name} is {grid!r}, must be a grid (h, w) or (f, h, w)")
+    if any(isinstance(side, bool) or not isinstance(side, int) for side in grid):
+        raise TypeError(f"{name} is {grid!r}, its sides must be ints")
+    if any(side < 1 or side >= 2**15 for side in grid):
+        raise ValueError(f"{name} is {tuple(grid)}, every side must be at least 1 and below 32768")
+    return tuple(grid)
+
+
+def _finite(name: str, value) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise TypeError(f"{name} is {value!r}, must be a finite number")
+    return float(value)
+
+
+def _timesteps(num_timesteps) -> int:
+    if isinstance(num_timesteps, bool) or not isinstance(num_timesteps, int) or not 1 <= num_timesteps <= 10**6:
+        raise ValueError(f"num_timesteps is {num_timesteps!r}, must be an int from 1 to 1000000")
+    return num_timesteps
+
+
+class DensitySchedule:
+    """Sparse grids from the data end (t = 0) to the noise end (t = num_timesteps).
+
+    Args:
+        grids: grids (h, w) or (f, h, w), from data to noise; equal segments of t unless `begins` is given.
+        num_timesteps: T, the number of diffusion timesteps.
+        begins: first timestep of every segment, ascending from 0.
+
+    Raises TypeError or ValueError that names the argument. Source: arXiv 2412.06028, section on the
+    timestep-wise pruning rate.
+    """
+
+    def __init__(
+        self,
+        grids: Iterable[Grid] = ((10, 10), (8, 8), (7, 7), (6, 6)),
+        num_timesteps: int = 1000,
+        begins: Sequence[int] | None = None,
+    ):
+        grids = [check_grid(f"grids[{i}]", grid) for i, grid in enumerate(grids)]
+        arguments = (grids, _timesteps(num_timesteps)) if begins is None else (grids, list(begins), num_timesteps)
+        self._core = _C.DensitySchedule(*arguments)
+
+    @classmethod
+    def _of(cls, core) -> DensitySchedule:
+        schedule = cls.__new__(cls)
+        schedule._core = core
+        return schedule
+
+    @classmethod
+    def from_pruning_rates(cls, r_min: float, r_max: float, dense_grid: Grid, num_timesteps: int = 1000):
+        """Four equal segments, each with the grid of the pruning rate at its noisy end.
+
+        Rates are read as published, rounded to two decimals: a side is floor(side * sqrt(1 - r)) for r up to 0.005
+        smaller; dense sides that are multiples of 16 keep a multiple of side / 16. [0.61, 0.86] gives the sides
+        10, 8, 7, 6 on 16x16 tokens and 20, 16, 14, 12 on 32x32.
+        """
+        rates = _finite("r_min", r_min), _finite("r_max", r_max)
+        return cls._of(
+            _C.DensitySchedule.from_pruning_rates(
+                *rates, check_grid("dense_grid", dense_grid), _timesteps(num_timesteps)
+            )
+        )
+
+    @classmethod
+    def continuous(cls, r_min: float, r_max: float, dense_grid: Grid, num_timesteps: int = 1000):
+        """A segment for every grid that the continuous rate passes through: r = r_min for t < T/4, then
+        ((4T - 4t) r_min + (4t - T) r_max) / 3T."""
+        rates = _finite("r_min", r_min), _finite("r_max", r_max)
+        return cls._of(
+            _C.DensitySchedule.continuous(*rates, check_grid("dense_grid", dense_grid), _timesteps(num_timesteps))
+        )
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        return tuple(self._core.grids)
+
+    @property
+    def begins(self) -> tuple[int, ...]:
+        return tuple(self._core.begins)
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._core.num_timesteps
+
+    def grid(self, t: float) -> Grid:
+        """The sparse grid of timestep t in [0, num_timesteps]; t may be fractional."""
+        return self._core.grid(t)
+
+    def pruning_rate(self, t: float, dense_grid: Grid) -> float:
+        """1 - M / N at timestep t, N being the tokens of `dense_grid`."""
+        return self._core.pruning_rate(t, check_grid("dense_grid", dense_grid))
+
+    def to_dict(self) -> dict:
+        return {
+            "grids": [list(grid) for grid in self.grids],
+            "begins": list(self.begins),
+            "num_timesteps": self.num_timesteps,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict) -> DensitySchedule:
+        unknown = set(values) - {"grids", "begins", "num_timesteps"}
+        if unknown or "grids" not in values:
+            raise ValueError(f"schedule has the keys {sorted(values)}, must have grids and may have begins, num_timesteps")
+        grids = [tuple(grid) for grid in values["grids"]]
+        return cls(grids, values.get("num_timesteps", 1000), values.get("begins"))
+
+    def __reduce__(self):
+        return DensitySchedule, (self.grids, self.num_timesteps, self.begins)
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, DensitySchedule) and self._core == other._core
+
+    def __hash__(self) -> int:
+        return hash((self.grids, self.begins, self.num_timesteps))
+
+    def __repr__(self) -> str:
+        return f"DensitySchedule({self.grids}, num_timesteps={self.num_timesteps}, begins={self.begins})"

@@ -1,0 +1,583 @@
+"""Losses and samplers against diffusers' schedulers and independent float64 formulas; seeds, guidance, bad input.
+
+Trajectory tolerances: see TOLERANCE.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from flexdit_ext.diffusion import (
+    SAMPLERS,
+    DDIMSampler,
+    DDPMSampler,
+    DPMSolverPPSampler,
+    FlowEulerSampler,
+    GaussianDiffusion,
+    ddpm_loss,
+    flow_interpolate,
+    flow_loss,
+    flow_velocity,
+    linear_betas,
+    make_sampler,
+    space_timesteps,
+)
+from flexdit_ext.sampling import derive_seed, sample
+
+SHAPE = (3, 4, 6, 6)
+
+# Worst absolute difference allowed over a whole trajectory of values of order 1, step counts 10, 25 and 1000 (999 for
+# dpmpp). Beside each: the worst measured, on AMD EPYC (AVX-512), torch 2.13, diffusers 0.42.1, 2026-11-22.
+STOCK = 1e-5  # diffusers as it is, 10 and 25 steps: 8.0e-6 (DDPM learned range), from its float32 alphas_cumprod
+DOUBLE_TABLES = 1e-12  # diffusers' formulas on float64 tables, float64 samples: 8.9e-15
+SINGLE = 1e-5  # diffusers' formulas on float64 tables, float32 samples: 7.9e-6 (DDIM, 1000 steps)
+COARSE = 1e-4  # one or two steps of dpmpp, where x0 at t = 999 is 157 times a float32 difference: 2.9e-5
+
+
+class ToyModel(nn.Module):
+    """A smooth function of (x, t, y), close to the ideal denoiser of N(0, 1/4) so that trajectories stay of order 1."""
+
+    def __init__(self, in_channels=4, learn_sigma=True, class_dropout_prob=0.1, dtype=torch.float32):
+        super().__init__()
+        self.config = SimpleNamespace(
+            input_size=6,
+            in_channels=in_channels,
+            num_classes=10,
+            learn_sigma=learn_sigma,
+            class_dropout_prob=class_dropout_prob,
+        )
+        self.scale = nn.Parameter(torch.tensor(0.3, dtype=dtype))
+        self.register_buffer("abar", torch.cumprod(1 - linear_betas(), 0).float(), persistent=False)
+        self.dropout = nn.Dropout(0.5)
+        self.calls = []
+
+    def forward(self, x, t, y, grid=None):
+        self.calls.append(SimpleNamespace(x=x, t=t, y=y, grid=grid, training=self.training))
+        abar = self.abar[t.long().clamp(max=999)].to(x.dtype).view(-1, 1, 1, 1)
+        t, y = (v.to(x.dtype).view(-1, 1, 1, 1) for v in (t, y))
+        ideal = x * (1 - abar).sqrt() / (0.25 * abar + 1 - abar)
+        epsilon = ideal + self.dropout(self.scale * torch.sin(2 * x.roll(1, 1) + t / 100 + y))
+        if not self.config.learn_sigma:
+            return epsilon
+        return torch.cat([epsilon, torch.cos(x + t / 200)], dim=1)
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def call(model, x, t):
+    with torch.no_grad():
+        return model(x, torch.full((len(x),), t), torch.zeros(len(x), dtype=torch.int64))
+
+
+def run_ours(sampler, model, x, noises):
+    for i, t in enumerate(sampler.timesteps):
+        x = sampler.step(call(model, x, t), i, x, noises[i])
+    return x
+
+
+def run_diffusers(scheduler, model, x, noises, timesteps, **step_options):
+    """`timesteps`: what the model is told, step by step; the scheduler steps through its own."""
+    assert len(scheduler.timesteps) == len(timesteps)
+    for i, t in enumerate(scheduler.timesteps):
+        # Every scheduler draws through its module's randn_tensor, so that is where our noise goes in.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys.modules[type(scheduler).__module__], "randn_tensor", lambda *_, n=noises[i], **__: n)
+            t = t if t.is_floating_point() else int(t)
+            x = scheduler.step(call(model, x, timesteps[i]), t, x, **step_options).prev_sample
+    return x
+
+
+def double_tables(scheduler, betas):
+    """Gives a diffusers scheduler float64 tables in place of its float32 ones; its formulas stay."""
+    scheduler.betas = betas
+    scheduler.alphas = 1 - betas
+    scheduler.alphas_cumprod = torch.cumprod(scheduler.alphas, 0)
+    if hasattr(scheduler, "final_alpha_cumprod"):
+        scheduler.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
+    scheduler.one = torch.tensor(1.0, dtype=torch.float64)
+    return scheduler
+
+
+def deviation(scheduler, sampler, model, dtype, **step_options):
+    x, noises = randn(*SHAPE).to(dtype), randn(len(sampler.steps), *SHAPE, seed=1).to(dtype)
+    model.eval()
+    theirs = run_diffusers(scheduler, model, x, noises, sampler.timesteps, **step_options)
+    return (run_ours(sampler, model, x, noises) - theirs).abs().max().item()
+
+
+# (steps, diffusers' tables in float64, dtype of the samples, tolerance)
+PRECISIONS = [
+    (10, False, torch.float64, STOCK),
+    (25, False, torch.float32, STOCK),
+    (10, True, torch.float64, DOUBLE_TABLES),
+    (25, True, torch.float64, DOUBLE_TABLES),
+    (1000, True, torch.float64, DOUBLE_TABLES),
+    (1000, True, torch.float32, SINGLE),
+]
+
+
+@pytest.mark.parametrize(("steps", "double", "dtype", "tolerance"), PRECISIONS)
+@pytest.mark.parametrize("variance_type", ["fixed_small", "learned_range"])
+def test_ddpm_trajectory_matches_diffusers(variance_type, steps, double, dtype, tolerance):
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DDPMScheduler(variance_type=variance_type, clip_sample=False)
+    if double:
+        double_tables(scheduler, linear_betas())
+    sampler = DDPMSampler(str(steps))
+    scheduler.set_timesteps(timesteps=sampler.timesteps)
+    model = ToyModel(learn_sigma=variance_type == "learned_range")
+    assert deviation(scheduler, sampler, model, dtype) <= tolerance
+
+
+@pytest.mark.parametrize(("steps", "double", "dtype", "tolerance"), PRECISIONS)
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("spacing", ["dit", "leading"])
+def test_ddim_trajectory_matches_diffusers(spacing, eta, steps, double, dtype, tolerance):
+    diffusers = pytest.importorskip("diffusers")
+    if spacing == "leading":  # "ddimN" is diffusers' own spacing
+        betas, sampler = linear_betas(), DDIMSampler(f"ddim{steps}", eta)
+        scheduler = diffusers.DDIMScheduler(beta_end=0.02, beta_schedule="linear", clip_sample=False)
+    else:  # DiT's uneven spacing: diffusers assumes one stride, so it runs all steps of the respaced process
+        betas, sampler = GaussianDiffusion(str(steps)).betas, DDIMSampler(steps, eta)
+        scheduler = diffusers.DDIMScheduler(steps, trained_betas=betas.tolist(), clip_sample=False)
+    if double:
+        double_tables(scheduler, betas)
+    scheduler.set_timesteps(steps)
+    if spacing == "leading":
+        assert scheduler.timesteps.tolist() == sampler.timesteps
+    assert deviation(scheduler, sampler, ToyModel(learn_sigma=False), dtype, eta=eta) <= tolerance
+
+
+def test_clip_x0_matches_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    betas = GaussianDiffusion("10").betas
+    ddim = double_tables(diffusers.DDIMScheduler(10, trained_betas=betas.tolist(), clip_sample=True), betas)
+    ddim.set_timesteps(10)
+    ddpm = double_tables(diffusers.DDPMScheduler(variance_type="learned_range", clip_sample=True), linear_betas())
+    ddpm.set_timesteps(timesteps=space_timesteps(1000, 10)[::-1])
+    wide = ToyModel(learn_sigma=False)
+    wide.scale.data.fill_(3.0)  # far beyond [-1, 1] without the clamp
+    options = {"eta": 0.5, "use_clipped_model_output": True}
+    assert deviation(ddim, DDIMSampler("10", 0.5, clip_x0=True), wide, torch.float64, **options) <= DOUBLE_TABLES
+    assert deviation(ddpm, DDPMSampler("10", clip_x0=True), ToyModel(), torch.float64) <= DOUBLE_TABLES
+
+
+@pytest.mark.parametrize("learn_sigma", [False, True])
+@pytest.mark.parametrize(("steps", "dtype"), [(1, torch.float32), (2, torch.float32), (10, torch.float64),
+                                              (25, torch.float32), (999, torch.float32)])  # fmt: skip
+def test_dpm_solver_trajectory_matches_diffusers(steps, dtype, learn_sigma):
+    diffusers = pytest.importorskip("diffusers")
+    sampler = DPMSolverPPSampler(steps)
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        beta_start=1e-4, beta_end=0.02, variance_type="learned" if learn_sigma else None
+    )
+    scheduler.set_timesteps(steps)
+    assert scheduler.timesteps.tolist() == sampler.timesteps
+    # diffusers cuts a learned variance off at channel 3, so it gets a model with three.
+    model = ToyModel(in_channels=3, learn_sigma=learn_sigma)
+    x = randn(3, 3, 6, 6).to(dtype)
+    theirs = run_diffusers(scheduler, model.eval(), x, [None] * steps, sampler.timesteps)
+    assert (run_ours(sampler, model, x, [None] * steps) - theirs).abs().max() <= (STOCK if steps > 2 else COARSE)
+
+
+@pytest.mark.parametrize(("steps", "dtype"), [(1, torch.float32), (10, torch.float64), (25, torch.float32),
+                                              (1000, torch.float32)])  # fmt: skip
+def test_flow_trajectory_matches_diffusers(steps, dtype):
+    diffusers = pytest.importorskip("diffusers")
+    sampler = FlowEulerSampler(steps)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist())
+    assert scheduler.timesteps.tolist() == pytest.approx(sampler.timesteps, rel=1e-6)
+    assert deviation(scheduler, sampler, ToyModel(learn_sigma=False), dtype) <= STOCK
+
+
+@pytest.mark.parametrize("sampler", [DDPMSampler(20), DDIMSampler(20), DDIMSampler(20, eta=1.0), DPMSolverPPSampler(20),
+                                     DPMSolverPPSampler(1000), FlowEulerSampler(20)])  # fmt: skip
+def test_sampler_with_a_perfect_model_returns_its_x0(sampler):
+    x0, x = randn(*SHAPE, seed=1), randn(*SHAPE, seed=2)
+    diffusion = GaussianDiffusion()
+    for i, t in enumerate(sampler.timesteps):
+        if isinstance(sampler, FlowEulerSampler):
+            output = (x - x0) / (t / 1000)
+        else:
+            output = (x - diffusion.signal_rate[t] * x0) / diffusion.noise_rate[t]
+        x = sampler.step(output, i, x, randn(*SHAPE, seed=3 + i))
+    assert (x - x0).abs().max() < 1e-10
+
+
+def test_tables_match_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DDPMScheduler()
+    ours = GaussianDiffusion()
+    assert (ours.betas - scheduler.betas).abs().max() < 1e-8
+    assert ((ours.alphas_cumprod - scheduler.alphas_cumprod) / ours.alphas_cumprod).abs().max() < 1e-5
+    x0, noise, t = randn(*SHAPE), randn(*SHAPE, seed=1), torch.tensor([0, 500, 999])
+    assert (ours.q_sample(x0, t, noise) - scheduler.add_noise(x0, noise, t)).abs().max() < 1e-5
+    assert (ours.predict_x0(ours.q_sample(x0, t, noise), t, noise) - x0).abs().max() < 1e-10
+
+
+def test_space_timesteps():
+    assert space_timesteps(1000, 10) == list(range(0, 1000, 111)) == space_timesteps(1000, "10")
+    assert space_timesteps(1000, "ddim25") == list(range(0, 1000, 40))
+    assert space_timesteps(1000, 1000) == list(range(1000)) == space_timesteps(1000, "ddim1000")
+    assert space_timesteps(1000, 3) == [0, 500, 999]  # 499.5 rounds to even
+    assert space_timesteps(30, "2,3,1") == [0, 9, 10, 14, 19, 20]  # 10 + 4.5 rounds to even
+    assert [len(space_timesteps(1000, n)) for n in (1, 7, 250, 999)] == [1, 7, 250, 999]
+    for bad in ("ddim300", "ddim", "ten", "", "0", "1001", "10,", 0, [500, 501]):
+        with pytest.raises(ValueError, match="section_counts"):
+            space_timesteps(1000, bad)
+    with pytest.raises(ValueError, match="betas"):
+        GaussianDiffusion(betas=torch.tensor([0.5, 1.5]))
+    with pytest.raises(ValueError, match="timesteps"):
+        GaussianDiffusion([5, 3])
+
+
+class FixedOutput(nn.Module):
+    """Returns the same tensor whatever it is asked, and remembers the question."""
+
+    def __init__(self, output):
+        super().__init__()
+        self.output = nn.Parameter(output)
+
+    def forward(self, x, t, y, grid=None):
+        self.x, self.t, self.grid = x, t, grid
+        return self.output
+
+
+def expected_vb(diffusion, x0, noise, output, index):
+    """One sample's term in bits, float64, by Bayes' rule, torch.distributions and erf; nothing shared with ddpm.py."""
+    full = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+    kept = full[diffusion.timesteps]
+    abar = kept[index]
+    x = abar.sqrt() * x0 + (1 - abar).sqrt() * noise
+    epsilon, v = output.chunk(2)
+    predicted = (x - (1 - abar).sqrt() * epsilon) / abar.sqrt()
+
+    def posterior(at, x0):  # q(x_prev | x, x0): the product of q(x | x_prev) and q(x_prev | x0)
+        alpha, before = kept[at] / kept[at - 1], kept[at - 1]
+        variance = 1 / (alpha / (1 - alpha) + 1 / (1 - before))
+        return variance * (alpha.sqrt() / (1 - alpha) * x + before.sqrt() / (1 - before) * x0), variance
+
+    first_beta = 1 - (kept[index] / kept[index - 1] if index else kept[0])
+    low = posterior(max(index, 1), x0)[1].log()
+    std = (0.5 * ((v + 1) / 2 * first_beta.log() + (1 - (v + 1) / 2) * low)).exp()
+    if index:
+        mean, variance = posterior(index, x0)
+        truth = torch.distributions.Normal(mean, variance.sqrt())
+        model = torch.distributions.Normal(posterior(index, predicted)[0], std)
+        nats = torch.distributions.kl_divergence(truth, model)
+    else:
+        cdf = torch.distributions.Normal(predicted, std).cdf
+        above = torch.where(x0 > 0.999, torch.ones_like(x0), cdf(x0 + 1 / 255))
+        below = torch.where(x0 < -0.999, torch.zeros_like(x0), cdf(x0 - 1 / 255))
+        nats = -(above - below).clamp(min=1e-12).log()
+    return nats.mean() / math.log(2)
+
+
+@pytest.mark.parametrize("spacing", [None, "25", "ddim50"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])  # 3.6e-14, 2.3e-7
+def test_ddpm_loss_matches_independent_formulas(spacing, dtype, tolerance):
+    diffusion = GaussianDiffusion(spacing)
+    t = torch.tensor([0, 1, 2, 12, diffusion.num_timesteps - 1, 0])
+    x0 = randn(6, 4, 6, 6).clamp(-1, 1).to(dtype)  # about a third lies at -1 or 1, the outermost bins
+    noise = randn(6, 4, 6, 6, seed=1).to(dtype)
+    # Close to the noise, else the likelihood at t = 0 is all floor; v beyond [-1, 1] as well.
+    output = torch.cat([noise + 0.3 * randn(6, 4, 6, 6, seed=2), randn(6, 4, 6, 6, seed=3)], 1).to(dtype)
+    model = FixedOutput(output)
+    result = ddpm_loss(model, x0, torch.zeros(6, dtype=torch.int64), t, noise, diffusion=diffusion, grid=(2, 2))
+    expected = torch.stack([expected_vb(diffusion, *(v.double() for v in (x0[i], noise[i], output[i])), int(t[i]))
+                            for i in range(6)])  # fmt: skip
+    mse = ((output[:, :4] - noise).double() ** 2).mean((1, 2, 3))
+    assert ((result.vb - expected).abs() / expected.abs().clamp(min=1)).max() <= tolerance
+    assert (result.mse - mse).abs().max() <= tolerance
+    assert torch.equal(result.loss, result.mse + result.vb)
+    assert model.t.tolist() == [diffusion.timesteps[i] for i in t]
+    assert model.grid == (2, 2)
+
+    result.vb.sum().backward(retain_graph=True)
+    assert model.output.grad[:, :4].abs().max() == 0  # the bound does not train the mean
+    assert model.output.grad[:, 4:].abs().amax((1, 2, 3)).min() > 0
+    model.output.grad = None
+    result.loss.sum().backward()
+    assert torch.allclose(model.output.grad[:, :4], 2 * (output[:, :4] - noise) / 144)
+    assert model.output.grad.isfinite().all()
+
+
+def test_ddpm_loss_of_a_fixed_variance_and_defaults():
+    x0, y = randn(*SHAPE).float(), torch.zeros(3, dtype=torch.int64)
+    noise = randn(*SHAPE, seed=1).float()
+    result = ddpm_loss(FixedOutput(torch.zeros(SHAPE)), x0, y, noise=noise)
+    assert result.vb is None
+    assert torch.equal(result.loss, result.mse)
+    assert torch.allclose(result.loss, noise.square().mean((1, 2, 3)))
+    first, again, other = (
+        ddpm_loss(ToyModel().eval(), x0, y, generator=torch.Generator().manual_seed(seed)) for seed in (5, 5, 6)
+    )
+    assert torch.equal(first.loss, again.loss)
+    assert not torch.equal(first.loss, other.loss)
+    half = ddpm_loss(ToyModel(dtype=torch.bfloat16).eval(), x0.bfloat16(), y)
+    assert half.loss.dtype == torch.float32
+    assert half.loss.isfinite().all()
+
+
+def test_flow_loss_matches_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    t = scheduler.timesteps[[0, 300, 998]]
+    x0, noise, y = randn(*SHAPE).float(), randn(*SHAPE, seed=1).float(), torch.zeros(3, dtype=torch.int64)
+    expected = scheduler.scale_noise(x0, t, noise)
+    assert (flow_interpolate(x0, noise, t / 1000) - expected).abs().max() < 1e-6
+    output = randn(3, 8, 6, 6, seed=2).float()
+    for channels in (4, 8):  # with eight, the second half is a variance that flow matching has no use for
+        model = FixedOutput(output[:, :channels])
+        result = flow_loss(model, x0, y, t / 1000, noise)
+        assert (model.x - expected).abs().max() < 1e-6
+        assert torch.allclose(model.t, t)
+        assert torch.allclose(result.loss, (output[:, :4] - (noise - x0)).square().mean((1, 2, 3)))
+    eps = 1e-4
+    x = [
+        flow_interpolate(x0.double(), noise.double(), torch.full((3,), 0.5 + d, dtype=torch.float64))
+        for d in (-eps, eps)
+    ]
+    assert ((x[1] - x[0]) / (2 * eps) - flow_velocity(x0, noise)).abs().max() < 1e-6
+    assert flow_loss(ToyModel(), x0, y).loss.shape == (3,)
+
+
+LOSS_ERRORS = [
+    ({"x0": torch.zeros(3, 4, 6, 6, dtype=torch.int64)}, TypeError, "x0"),
+    ({"x0": torch.zeros(0, 4, 6, 6)}, ValueError, "x0"),
+    ({"x0": torch.zeros(3, 4)}, ValueError, "x0"),
+    ({"y": torch.zeros(2, dtype=torch.int64)}, ValueError, "y"),
+    ({"y": [0, 0, 0]}, ValueError, "y"),
+    ({"t": torch.zeros(4, dtype=torch.int64)}, ValueError, "t"),
+    ({"noise": torch.zeros(3, 4, 6, 5)}, ValueError, "noise"),
+    ({"noise": torch.zeros(3, 4, 6, 6, dtype=torch.float64)}, ValueError, "noise"),
+]
+
+
+@pytest.mark.parametrize(
+    ("loss", "change", "error", "name"),
+    [(loss, *case) for loss in (ddpm_loss, flow_loss) for case in LOSS_ERRORS]
+    + [
+        (ddpm_loss, {"t": torch.tensor([0, 1, 1000])}, ValueError, "t"),
+        (ddpm_loss, {"t": torch.tensor([0, 1, -1])}, ValueError, "t"),
+        (ddpm_loss, {"t": torch.tensor([0.0, 1.0, 2.0])}, TypeError, "t"),
+        (flow_loss, {"t": torch.tensor([0.0, 1.0, 1.5])}, ValueError, "t"),
+        (flow_loss, {"t": torch.tensor([0.0, 1.0, math.nan])}, ValueError, "t"),
+        (flow_loss, {"t": torch.tensor([0, 1, 1])}, TypeError, "t"),
+    ],
+)
+def test_losses_reject_bad_input_by_name(loss, change, error, name):
+    model = ToyModel()
+    arguments = {"x0": torch.zeros(SHAPE), "y": torch.zeros(3, dtype=torch.int64)} | change
+    with pytest.raises(error, match=f"^{name}: "):
+        loss(model, **arguments)
+    assert not model.calls
+
+
+def test_losses_reject_outputs_of_other_sizes():
+    for loss in (ddpm_loss, flow_loss):
+        with pytest.raises(ValueError, match="model output: must have 4 channels"):
+            loss(FixedOutput(torch.zeros(3, 5, 6, 6)), torch.zeros(SHAPE), torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="model output"):
+        DDIMSampler(1).step(torch.zeros(3, 5, 6, 6), 0, torch.zeros(SHAPE))
+
+
+def test_sampler_steps_out_of_order_or_without_noise():
+    x = torch.zeros(SHAPE)
+    with pytest.raises(RuntimeError, match="step 1 to come just before"):
+        DPMSolverPPSampler(5).step(x, 2, x)
+    with pytest.raises(ValueError, match="noise"):
+        DDPMSampler(5).step(x, 0, x)
+    with pytest.raises(ValueError, match="model_output"):
+        DDPMSampler(5, variance="learned").step(x, 0, x, x)
+    with pytest.raises(ValueError, match="variance"):
+        DDPMSampler(5, variance="fixed_large")
+
+
+# What a run of each kind is given beside the model and the labels.
+RUNS = [{"sampler": name, "steps": 6} for name in SAMPLERS] + [{"sampler": "ddim", "steps": "ddim5", "eta": 1.0}]
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.5])
+@pytest.mark.parametrize("run", RUNS)
+def test_an_image_does_not_depend_on_its_batch(run, cfg_scale):
+    model, y = ToyModel(), torch.tensor([3, 1, 4, 1, 5])
+    together = sample(model, y, cfg_scale=cfg_scale, seed=7, **run)
+    assert together.shape == (5, 4, 6, 6)
+    assert together.isfinite().all()
+    assert (together[1] - together[3]).abs().max() > 0.1  # the same label, but another sample
+    assert torch.equal(together, sample(model, y, cfg_scale=cfg_scale, seed=7, **run))
+
+    def close(images, expected):
+        return (images - expected).abs().max() < 1e-5
+
+    assert close(sample(model, y, cfg_scale=cfg_scale, seed=7, batch_size=2, **run), together)
+    for i in (0, 3):
+        alone = sample(model, y[i : i + 1], cfg_scale=cfg_scale, seed=7, start_index=i, **run)
+        assert close(alone, together[i : i + 1])
+    mixed = sample(model, y, cfg_scale=[cfg_scale, 9, 9, cfg_scale, 9], seed=7, **run)
+    assert close(mixed[[0, 3]], together[[0, 3]])
+    seeds = [7, 100, 2**63, 8, 7]
+    listed = sample(model, y, cfg_scale=cfg_scale, seed=seeds, **run)
+    for i, seed in enumerate(seeds):
+        assert close(listed[i : i + 1], sample(model, y[i : i + 1], cfg_scale=cfg_scale, seed=seed, **run))
+    assert close(listed[:1], together[:1])
+
+
+def test_derived_seeds():
+    seeds = {derive_seed(seed, index) for seed in (0, 1, 2**64 - 1) for index in range(2000)}
+    assert len(seeds) >= 5998  # distinct within a run; between runs a chance collision is possible, though unlikely
+    assert 0 <= min(seeds) <= max(seeds) < 2**32
+    assert len({derive_seed(5, index) for index in range(100_000)}) == 100_000
+
+
+@pytest.mark.parametrize(("in_channels", "learn_sigma", "guidance_channels", "guided"), [
+    (4, True, None, 3), (4, True, "all", 4), (4, False, 2, 2), (1, True, None, 1), (1, False, None, 1), (3, True, 3, 3),
+])  # fmt: skip
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_guidance_formula(sampler, in_channels, learn_sigma, guidance_channels, guided):
+    model, y = ToyModel(in_channels, learn_sigma).eval(), torch.tensor([3, 1])
+    scales = [4.0, 0.5]
+    options = {"steps": 5, "sampler": sampler, "seed": 3, "cfg_scale": scales, "guidance_channels": guidance_channels}
+    images = sample(model, y, **options)
+    assert torch.equal(model.calls[0].y, torch.tensor([3, 1, 10, 10]))
+    assert torch.equal(*model.calls[0].x.chunk(2))
+
+    walker = make_sampler(sampler, 5)
+    generators = [torch.Generator().manual_seed(derive_seed(3, i)) for i in range(2)]
+
+    def draw():
+        return torch.stack([torch.randn(in_channels, 6, 6, generator=g) for g in generators])
+
+    x, scale = draw(), torch.tensor(scales).view(2, 1, 1, 1)
+    with torch.no_grad():
+        for i, t in enumerate(walker.timesteps):
+            t = torch.full((2,), t)
+            output, uncond = model(x, t, y), model(x, t, torch.full((2,), 10))[:, :guided]
+            output[:, :guided] = uncond + scale * (output[:, :guided] - uncond)
+            x = walker.step(output, i, x, draw() if walker.needs_noise(i) else None)
+    assert (images - x).abs().max() < 1e-5
+
+
+def test_sample_of_the_null_class_is_guidance_zero():
+    model = ToyModel()
+    images = [
+        sample(model, y, steps=5, cfg_scale=scale, guidance_channels="all") for y, scale in (([10], 1.0), ([3], 0.0))
+    ]
+    assert (images[0] - images[1]).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_sample_keeps_dtype_and_state(dtype):
+    model = ToyModel(dtype=dtype)
+    model.train()
+    frozen = model.dropout.eval()
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    images = sample(model, [1, 2], steps=3, sampler="flow", cfg_scale=2.0)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert images.dtype == dtype
+    assert not images.requires_grad
+    assert model.training
+    assert not frozen.training
+    assert not any(call.training for call in model.calls)
+    assert {call.x.dtype for call in model.calls} == {dtype}
+    assert [call.t[0].item() for call in model.calls] == pytest.approx([1000, 2000 / 3, 1000 / 3])
+
+
+def test_sample_restores_training_after_an_error():
+    class Failing(ToyModel):
+        def forward(self, x, t, y, grid=None):
+            raise RuntimeError("no")
+
+    model = Failing()
+    with pytest.raises(RuntimeError, match="no"):
+        sample(model, [1])
+    assert model.training
+    assert model.dropout.training
+
+
+def test_sample_hands_out_grids():
+    model = ToyModel()
+    sample(model, [1, 2, 3], steps=1, grid=[(1, 1), (2, 2), (3, 3)], batch_size=2, cfg_scale=2.0)
+    sample(model, [1], steps=1, grid=[4, 5])
+    assert [call.grid for call in model.calls] == [[(1, 1), (2, 2)] * 2, [(3, 3)] * 2, (4, 5)]
+
+
+def test_sample_progress(capsys):
+    pytest.importorskip("tqdm")
+    sample(ToyModel(), [1, 2, 3], steps=4, batch_size=2, progress=True)
+    assert "8/8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("change", "error", "message"), [
+    ({"sampler": "euler"}, ValueError, "sampler = 'euler': must be one of 'ddim', 'ddpm', 'dpmpp', 'flow'"),
+    ({"sampler": None}, ValueError, "sampler"),
+    ({"steps": 0}, ValueError, "steps = 0: must be in 1..1000"),
+    ({"steps": 1001}, ValueError, "steps = 1001"),
+    ({"steps": 2.5}, TypeError, "steps = 2.5"),
+    ({"steps": True}, TypeError, "steps"),
+    ({"steps": "ddim300"}, ValueError, "steps = 'ddim300'"),
+    ({"steps": "ddim10", "sampler": "flow"}, TypeError, "steps"),
+    ({"eta": 1.5}, ValueError, "eta"),
+    ({"eta": math.nan}, ValueError, "eta"),
+    ({"eta": 0.5, "sampler": "ddpm"}, ValueError, "eta"),
+    ({"eta": "a"}, TypeError, "eta"),
+    ({"eta": None, "sampler": "flow"}, ValueError, "eta"),
+    ({"clip_x0": 1}, TypeError, "clip_x0"),
+    ({"cfg_scale": -1.0}, ValueError, "cfg_scale = -1.0"),
+    ({"cfg_scale": math.nan}, ValueError, "cfg_scale = nan"),
+    ({"cfg_scale": [1.0, 2.0, math.inf]}, ValueError, "cfg_scale = inf"),
+    ({"cfg_scale": [1.0, 2.0]}, ValueError, "cfg_scale"),
+    ({"cfg_scale": "big"}, TypeError, "cfg_scale"),
+    ({"cfg_scale": None}, TypeError, "cfg_scale"),
+    ({"cfg_scale": True}, TypeError, "cfg_scale"),
+    ({"y": torch.tensor([0, 11, 3])}, ValueError, "y: labels must be in 0..10, got 0..11"),
+    ({"y": torch.tensor([0, -1, 3])}, ValueError, "y"),
+    ({"y": torch.tensor([0.0, 1.0, 3.0])}, TypeError, "y: must be int64, got torch.float32"),
+    ({"y": torch.tensor([True, False, True])}, TypeError, "y"),
+    ({"y": torch.tensor([[0, 1, 2]])}, ValueError, "y"),
+    ({"y": torch.tensor(1)}, ValueError, "y"),
+    ({"y": []}, ValueError, "y"),
+    ({"y": 3}, TypeError, "y"),
+    ({"y": ["a", "b", "c"]}, TypeError, "y"),
+    ({"seed": -1}, ValueError, "seed"),
+    ({"seed": 1.0}, TypeError, "seed"),
+    ({"seed": [1, 2]}, ValueError, "seed"),
+    ({"seed": [1, 2, None]}, TypeError, r"seed\[2\]"),
+    ({"start_index": -1}, ValueError, "start_index"),
+    ({"batch_size": 0}, ValueError, "batch_size"),
+    ({"guidance_channels": 5}, ValueError, "guidance_channels"),
+    ({"guidance_channels": 0}, ValueError, "guidance_channels"),
+    ({"guidance_channels": "some"}, ValueError, "guidance_channels"),
+    ({"guidance_channels": 1.5}, TypeError, "guidance_channels"),
+    ({"grid": (0, 2)}, ValueError, "grid"),
+    ({"grid": 3}, TypeError, "grid"),
+    ({"grid": [(1, 1), (2, 2)]}, ValueError, "grid"),
+    ({"grid": [(1, 1), (2, 2), None]}, TypeError, "grid"),
+])  # fmt: skip
+def test_sample_rejects_bad_input_by_name(change, error, message):
+    model = ToyModel()
+    with pytest.raises(error, match="^" + message):
+        sample(model, **({"y": torch.tensor([0, 1, 2])} | change))
+    assert not model.calls
+
+
+def test_sample_needs_a_null_class_for_guidance_and_a_config():
+    model = ToyModel(class_dropout_prob=0.0)
+    with pytest.raises(ValueError, match=r"cfg_scale = 2\.0: guidance needs a null class"):
+        sample(model, [1], cfg_scale=2.0)
+    with pytest.raises(ValueError, match=r"y: labels must be in 0\.\.9"):
+        sample(model, [10])
+    assert sample(model, [1], steps=2).shape == (1, 4, 6, 6)
+    with pytest.raises(TypeError, match="model: .* without input_size"):
+        sample(nn.Linear(1, 1), [1])
