@@ -140,9 +140,9 @@ def _parse_config(text: str | bytes, source: str) -> FlexDiTConfig:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise ValueError(f"{source} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{source} holds a JSON {type(values).__name__}, must be an object")
     try:
+        if not isinstance(values, dict):
+            raise TypeError(f"a JSON {type(values).__name__}, must be an object")
         return FlexDiTConfig.from_dict(values)
     except (TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{source} is not a FlexDiT configuration: {error}") from error
@@ -164,9 +164,14 @@ def load_state_dict_file(path: str | os.PathLike, key: str | None = None) -> dic
     except Exception as error:  # torch.load and safetensors raise about ten types for broken files
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if path.suffix != ".safetensors":
-            reason = "truncated, corrupt, or pickled objects other than tensors (not loaded, they can run code): " + reason
+            reason = (
+                "truncated, corrupt, or pickled objects other than tensors (not loaded, they can run code): " + reason
+            )
         raise ValueError(f"{path} is not a readable checkpoint: {reason}") from error
-    return select_state_dict(content, key, str(path))
+    try:
+        return select_state_dict(content, key, str(path))
+    except TypeError as error:
+        raise ValueError(str(error)) from None
 
 
 def _check_readable(path: Path) -> None:
@@ -187,9 +192,12 @@ def _read_tensors(path: Path):
 
 
 def select_state_dict(content, key: str | None = None, source: str = "checkpoint") -> dict[str, Tensor]:
-    """The state dict in a loaded checkpoint, unwrapped as load_state_dict_file describes. Raises ValueError."""
+    """The state dict in a loaded checkpoint, unwrapped as load_state_dict_file describes.
+
+    Raises TypeError if it holds anything but tensors, ValueError if there is none called `key`.
+    """
     if not isinstance(content, Mapping):
-        raise ValueError(f"{source} holds a {type(content).__name__}, must hold a dict of tensors")
+        raise TypeError(f"{source} holds a {type(content).__name__}, must hold a dict of tensors")
     if key is None:
         key = next((name for name in _WRAPPER_KEYS if isinstance(content.get(name), Mapping)), None)
     elif not isinstance(content.get(key), Mapping):
@@ -198,7 +206,7 @@ def select_state_dict(content, key: str | None = None, source: str = "checkpoint
     state_dict = dict(content if key is None else content[key])
     for name, value in state_dict.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise ValueError(f"{source}: {name!r} is a {type(value).__name__}, must be a tensor")
+            raise TypeError(f"{source}: {name!r} is a {type(value).__name__}, must be a tensor")
     return state_dict
 
 
@@ -249,8 +257,10 @@ def build_model(
     if dtype is None:
         dtype = state_dict["patch_embed.weight"].dtype
         dtype = dtype if dtype.is_floating_point else None  # check_state_dict will say it
-    model = FlexDiT(config, dtype=dtype, device=device)
+    with torch.device("meta"):  # no memory before the check, no random initialisation before the load
+        model = FlexDiT(config, dtype=dtype)
     check_state_dict(model, state_dict, source)
+    model.to_empty(device="cpu" if device is None else device)
     model.load_state_dict(state_dict)
     return model.eval()
 
