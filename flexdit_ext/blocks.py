@@ -61,7 +61,7 @@ class CrossAttention(nn.Module):
 class Block(nn.Module):
     """A block of FlexDiT; subclasses say which kind. Source of the definitions: arXiv 2412.06028."""
 
-    kind: _C.BlockKind
+    kind: int  # _C.BlockKind as a plain int, which torch.compile can read
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_hidden_size: int, attention: nn.Module):
         super().__init__()
@@ -91,7 +91,7 @@ class Block(nn.Module):
         save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
         other_table = None if other_layout is None else other_layout.table
         return _block_ops.block(
-            int(self.kind),
+            self.kind,
             parameters,
             self.num_heads,
             x,
@@ -107,7 +107,7 @@ class Block(nn.Module):
 class PoolingBlock(Block):
     """x += gate1 (W_o mean_n(W_v mod1(x)_n + b_v) + b_o); x += gate2 MLP(mod2(x))."""
 
-    kind = _C.BlockKind.pooling
+    kind = int(_C.BlockKind.pooling)
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_hidden_size: int):
         super().__init__(hidden_size, num_heads, mlp_hidden_size, PooledAttention(hidden_size))
@@ -120,7 +120,7 @@ class PoolingBlock(Block):
 class DenseBlock(Block):
     """DiT's block, on dense or on sparse tokens: x += gate1 Attn(mod1(x)); x += gate2 MLP(mod2(x))."""
 
-    kind = _C.BlockKind.dense
+    kind = int(_C.BlockKind.dense)
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_hidden_size: int):
         super().__init__(hidden_size, num_heads, mlp_hidden_size, SelfAttention(hidden_size))
@@ -133,7 +133,7 @@ class DenseBlock(Block):
 class GenerationBlock(Block):
     """Sparse tokens from dense ones: s += gate1 Attn(q = mod1(s), kv = mod1(x)); s += gate2 MLP(mod2(s))."""
 
-    kind = _C.BlockKind.generation
+    kind = int(_C.BlockKind.generation)
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_hidden_size: int):
         super().__init__(hidden_size, num_heads, mlp_hidden_size, CrossAttention(hidden_size))
@@ -149,7 +149,7 @@ class RecoveryBlock(Block):
     """Dense tokens from sparse ones: m = W_1 up(s) + b_1 + W_2 x + b_2 (+ position);
     x = m + gate1 Attn(q = mod1(m), kv = mod1(s)); x += gate2 MLP(mod2(x))."""
 
-    kind = _C.BlockKind.recovery
+    kind = int(_C.BlockKind.recovery)
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_hidden_size: int):
         super().__init__(hidden_size, num_heads, mlp_hidden_size, CrossAttention(hidden_size))

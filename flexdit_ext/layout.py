@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _C
 from .schedule import Grid, check_grid
 
 
@@ -26,9 +25,15 @@ class TokenLayout:
 
     def __init__(self, grids: Sequence[Grid]):
         grids = [check_grid(f"grids[{i}]", grid) for i, grid in enumerate(grids)]
-        self.table = torch.empty(len(grids) + 1, 4, dtype=torch.int32)
-        _C.fill_layout(grids, self.table)
-        self.rows = int(self.table[-1, 0])
+        table, rows = [], 0
+        for grid in grids:
+            frames, height, width = (1, *grid)[-3:]
+            table.append([rows, frames, height, width])
+            rows += frames * height * width
+        if rows >= 2**31:
+            raise ValueError(f"grids hold {rows} tokens in all, at most 2^31 - 1 are allowed")
+        self.table = torch.tensor([*table, [rows, 0, 0, 0]], dtype=torch.int32)
+        self.rows = rows
 
     @classmethod
     def of(cls, table: Tensor, rows: int) -> TokenLayout:

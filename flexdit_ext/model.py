@@ -64,6 +64,7 @@ class FlexDiT(nn.Module):
         if not isinstance(config, FlexDiTConfig):
             raise TypeError(f"config is {type(config).__name__}, must be a FlexDiTConfig")
         self.config = config
+        self.schedule = config.density_schedule
         self.activation_checkpointing = False
         hidden, patch = config.hidden_size, config.patch_size
         size = (hidden, config.num_heads, config.mlp_hidden_size)
@@ -120,7 +121,7 @@ class FlexDiT(nn.Module):
             y = torch.where(dropped, config.num_classes, y)
         dtype = autocast_dtype(x)
         condition = _block_ops.condition(
-            t, y, cast(self._condition_parameters(), dtype), config.density_schedule.num_timesteps
+            t, y, cast(self._condition_parameters(), dtype), self.schedule.num_timesteps
         )
         x, weight, bias, position = cast([x, self.patch_embed.weight, self.patch_embed.bias, self.pos_embed], dtype)
         tokens, _ = _block_ops.patch_embed(x, weight, bias, position, layout.table)
@@ -170,7 +171,7 @@ class FlexDiT(nn.Module):
         if grid is not None:
             grid = self.config.check_sparse_grid("grid", check_grid("grid", grid))
             return _C.model_macs(self.config.core, grid)
-        schedule = self.config.density_schedule
+        schedule = self.schedule
         ends = [*schedule.begins[1:], schedule.num_timesteps]
         total = sum(
             (end - begin) * _C.model_macs(self.config.core, grid)
@@ -216,7 +217,7 @@ class FlexDiT(nn.Module):
         if self.config.num_sdtm == 0:
             return None
         if grid is None:
-            return ops.select_tokens(t, self.config.density_schedule)
+            return ops.select_tokens(t, self.schedule)
         if isinstance(grid, (tuple, list)) and grid and isinstance(grid[0], (tuple, list)):
             if len(grid) != batch:
                 raise ValueError(f"grid lists {len(grid)} grids, must list one for each of the {batch} samples")

@@ -53,12 +53,17 @@ class DensitySchedule:
     ):
         grids = [check_grid(f"grids[{i}]", grid) for i, grid in enumerate(grids)]
         arguments = (grids, _timesteps(num_timesteps)) if begins is None else (grids, list(begins), num_timesteps)
-        self._core = _C.DensitySchedule(*arguments)
+        self._set(_C.DensitySchedule(*arguments))
+
+    def _set(self, core) -> None:
+        self._core = core
+        # Plain values beside it, which torch.compile can read.
+        self._grids, self._begins, self._num_timesteps = tuple(core.grids), tuple(core.begins), core.num_timesteps
 
     @classmethod
     def _of(cls, core) -> DensitySchedule:
         schedule = cls.__new__(cls)
-        schedule._core = core
+        schedule._set(core)
         return schedule
 
     @classmethod
@@ -87,15 +92,15 @@ class DensitySchedule:
 
     @property
     def grids(self) -> tuple[Grid, ...]:
-        return tuple(self._core.grids)
+        return self._grids
 
     @property
     def begins(self) -> tuple[int, ...]:
-        return tuple(self._core.begins)
+        return self._begins
 
     @property
     def num_timesteps(self) -> int:
-        return self._core.num_timesteps
+        return self._num_timesteps
 
     def grid(self, t: float) -> Grid:
         """The sparse grid of timestep t in [0, num_timesteps]; t may be fractional."""

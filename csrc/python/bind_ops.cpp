@@ -110,9 +110,6 @@ void bind_tokens(py::module_& m) {
                      .table = pointer<LayoutRow>(table)},
         threads);
   });
-  m.def("fill_layout", [](const std::vector<Grid>& grids, py::object table) {
-    fill_layout(grids, pointer<LayoutRow>(table));
-  });
 }
 
 void bind_attention(py::module_& m) {
