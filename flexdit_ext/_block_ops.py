@@ -101,7 +101,7 @@ def _context_rates(kind: int, hidden: int, mlp_hidden: int, num_heads: int, dtyp
 
 
 def _empty_context(kind, parameters, num_heads, x, other, condition, save) -> Tensor:
-    """A context that is large enough, its size linear in the numbers of rows so that torch.compile can keep them free."""
+    """A context large enough for backward; linear in the numbers of rows, so that torch.compile keeps them free."""
     if not save:
         return x.new_empty(0, dtype=torch.uint8)
     per_row, per_other, per_sample = _context_rates(kind, x.shape[1], parameters[-2].shape[1], num_heads, x.dtype)
@@ -393,9 +393,7 @@ def _save_final(ctx, inputs, output):
 def _final_gradient(ctx, grad_out):
     x, condition, table, *parameters = ctx.saved_tensors
     needed = list(ctx.needs_input_grad[0])
-    grad_x, grad_condition, *rest = final_layer_backward(
-        parameters, x, condition, table, ctx.patch, grad_out, needed
-    )
+    grad_x, grad_condition, *rest = final_layer_backward(parameters, x, condition, table, ctx.patch, grad_out, needed)
     return _fill(needed, rest), grad_x, grad_condition, None, None, None, None
 
 

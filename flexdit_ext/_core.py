@@ -21,7 +21,7 @@ def threads() -> int:
 
 
 def workspace(nbytes: int) -> Tensor:
-    """Scratch memory of this thread, valid until the thread's next op. Kept because fresh pages cost more than most ops."""
+    """Scratch memory of this thread, valid until its next op. Kept, because fresh pages cost more than most ops."""
     kept = getattr(_local, "workspace", None)
     if kept is None or kept.numel() < nbytes:
         _local.workspace = None  # give the old one back first

@@ -1,4 +1,4 @@
-"""Checkpoints: model.safetensors with config.json beside it, written all or nothing, read without ever running pickle."""
+"""Checkpoints: model.safetensors with config.json beside it, written all or nothing, read without running pickle."""
 
 from __future__ import annotations
 

@@ -8,98 +8,34 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ._state_dict import (
+    DIFFUSERS,
+    DIFFUSERS_PARTS,
+    DIT,
+    PARTS,
+    SDTM_KINDS,
+    SPARSEDIT,
+    flatten_position,
+    read_config,
+    rename,
+    reverse,
+    translate,
+)
 from .checkpoint import build_model, load_state_dict_file, select_state_dict
 from .config import FlexDiTConfig
 from .model import FlexDiT, sincos_position_embedding
 from .schedule import DensitySchedule, Grid
 
-# (name there, name here), # standing for a number; first the beginnings of a name, then parts of the rest.
-_EMBEDDINGS = (
-    ("pos_embed", "pos_embed"),
-    ("x_embedder.proj", "patch_embed"),
-    ("t_embedder.mlp.0", "timestep_embed.fc1"),
-    ("t_embedder.mlp.2", "timestep_embed.fc2"),
-    ("y_embedder.embedding_table", "label_embed"),
-    ("final_layer", "final_layer"),
-)
-_DIT = (*_EMBEDDINGS, ("blocks.#", "dense_blocks.#"))
-_SPARSEDIT = (
-    *_EMBEDDINGS,
-    ("poolingformer_blocks.#", "pooling_blocks.#"),
-    ("dumbbell_blocks.#.token_merge_blocks.#", "sdtm.#.generation.#"),
-    ("dumbbell_blocks.#.semantic_blocks.#", "sdtm.#.sparse.#"),
-    ("dumbbell_blocks.#.token_recover_blocks.#", "sdtm.#.recovery.#"),
-    ("dumbbell_blocks.#.normal_blocks.#", "sdtm.#.dense.#"),
-    ("normal_blocks.#", "dense_blocks.#"),
-)
-_DIFFUSERS = (
-    ("pos_embed.proj", "patch_embed"),
-    ("pos_embed.pos_embed", "pos_embed"),
-    ("transformer_blocks.0.norm1.emb.timestep_embedder.linear_1", "timestep_embed.fc1"),
-    ("transformer_blocks.0.norm1.emb.timestep_embedder.linear_2", "timestep_embed.fc2"),
-    ("transformer_blocks.0.norm1.emb.class_embedder.embedding_table", "label_embed"),
-    ("transformer_blocks.#", "dense_blocks.#"),
-    ("proj_out_1", "final_layer.modulation"),
-    ("proj_out_2", "final_layer.linear"),
-)
-_PARTS = (
-    ("adaLN_modulation.1", "modulation"),
-    ("merged_layer1", "from_sparse"),
-    ("merged_layer2", "from_dense"),
-)
-_DIFFUSERS_PARTS = (
-    ("norm1.linear", "modulation"),
-    ("attn1.to_out.0", "attn.proj"),
-    ("ff.net.0.proj", "mlp.fc1"),
-    ("ff.net.2", "mlp.fc2"),
-)
 _LAYOUT = ("num_pooling_blocks", "num_sdtm", "sdtm_blocks", "num_dense_blocks")
-_SDTM_KINDS = ("generation", "sparse", "recovery", "dense")
-
-# ---- names ----------------------------------------------------------------------------------------------------------
-
-
-def _rename(name: str, beginnings: Sequence[tuple[str, str]], parts: Sequence[tuple[str, str]]) -> str | None:
-    for old, new in beginnings:
-        match = re.match(re.escape(old).replace(r"\#", r"(\d+)") + r"(?=\.|$)", name)
-        if match:
-            rest = name[match.end() :]
-            for old_part, new_part in parts:
-                rest = rest.replace(f".{old_part}.", f".{new_part}.")
-            return new.replace("#", "{}").format(*match.groups()) + rest
-    return None
-
-
-def _reversed(table: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    return [(new, old) for old, new in table]
-
-
-def released_to_flexdit(name: str) -> str | None:
-    """Our state_dict name of a tensor of changsn/SparseDiT; None for a name that its model does not have."""
-    return _rename(name, _SPARSEDIT, _PARTS)
-
-
-def flexdit_to_released(name: str) -> str | None:
-    """The inverse of released_to_flexdit; None for a name that FlexDiT does not have."""
-    return _rename(name, _reversed(_SPARSEDIT), _reversed(_PARTS))
-
-
-def _translate(tensors: Mapping[str, Tensor], rename: Callable[[str], str | None], source: str) -> dict[str, Tensor]:
-    names = {name: rename(name) for name in tensors}
-    if unknown := [name for name, new in names.items() if new is None]:
-        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-        raise ValueError(f"{source} does not have such tensors: {', '.join(unknown[:5])}{more}")
-    return {names[name]: tensor for name, tensor in tensors.items()}
 
 
 def _load(source, what: str) -> dict[str, Tensor]:
@@ -113,97 +49,6 @@ def _load(source, what: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _flatten_position(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """pos_embed [1, N, C], as the other libraries keep it, to [N, C]."""
-    position = tensors.get("pos_embed")
-    if position is not None and position.dim() == 3 and position.shape[0] == 1:
-        return tensors | {"pos_embed": position[0]}
-    return tensors
-
-
-# ---- the configuration that tensors tell ----------------------------------------------------------------------------
-
-
-def read_config(state_dict: Mapping[str, Tensor], num_heads: int, **overrides) -> FlexDiTConfig:
-    """FlexDiTConfig of a state dict with our names; `overrides` are its fields and win over what the shapes tell.
-
-    The last row of the label embedding is taken for the null class (class_dropout_prob 0.1), unless num_classes says
-    that all rows are classes. Without pos_embed, input_size has to be given. Raises ValueError.
-    """
-    needed = ("patch_embed.weight", "label_embed.weight", "final_layer.linear.weight")
-    if missing := [name for name in needed if name not in state_dict]:
-        raise ValueError(f"state_dict has no {', '.join(missing)}, from which the configuration is read")
-    dims = {"patch_embed.weight": 4, "label_embed.weight": 2, "final_layer.linear.weight": 2, "pos_embed": 2}
-    for name, dim in dims.items():
-        if name in state_dict and state_dict[name].dim() != dim:
-            raise ValueError(f"{name} has the shape {list(state_dict[name].shape)}, must have {dim} dimensions")
-    hidden, in_channels, patch, _ = state_dict["patch_embed.weight"].shape
-    values = {
-        "patch_size": patch,
-        "in_channels": in_channels,
-        "hidden_size": hidden,
-        "num_heads": num_heads,
-        "mlp_ratio": _mlp_ratio(state_dict, hidden),
-        "learn_sigma": state_dict["final_layer.linear.weight"].shape[0] == 2 * in_channels * patch * patch,
-        **_input_size(state_dict, patch),
-        **_layout(state_dict),
-        **_classes(state_dict["label_embed.weight"].shape[0], overrides),
-    }
-    values |= overrides
-    if "input_size" not in values:
-        raise ValueError("input_size has to be given: the state dict has no pos_embed to read it from")
-    return FlexDiTConfig(**values)
-
-
-def _mlp_ratio(state_dict: Mapping[str, Tensor], hidden: int) -> float:
-    mlp = next((tensor for name, tensor in state_dict.items() if name.endswith(".mlp.fc1.weight")), None)
-    if mlp is None or mlp.dim() != 2 or hidden == 0:
-        return 4.0  # build_model names what is missing or misshaped
-    ratio = mlp.shape[0] / hidden
-    # FlexDiTConfig rounds hidden_size * mlp_ratio down.
-    return ratio if int(hidden * ratio) == mlp.shape[0] else math.nextafter(ratio, math.inf)
-
-
-def _input_size(state_dict: Mapping[str, Tensor], patch: int) -> dict[str, int]:
-    if "pos_embed" not in state_dict:
-        return {}
-    tokens = state_dict["pos_embed"].shape[0]
-    side = math.isqrt(tokens)
-    if side * side != tokens:
-        raise ValueError(f"pos_embed has {tokens} positions, must be a square number")
-    return {"input_size": side * patch}
-
-
-def _classes(rows: int, overrides: Mapping) -> dict[str, int | float]:
-    with_null = overrides.get("class_dropout_prob", 0.1) > 0 and overrides.get("num_classes", rows - 1) == rows - 1
-    return {"num_classes": rows - with_null, "class_dropout_prob": 0.1 if with_null else 0.0}
-
-
-def _layout(state_dict: Mapping[str, Tensor]) -> dict[str, int | tuple[int, ...]]:
-    modules = _count(state_dict, "sdtm")
-    blocks = [tuple(_count(state_dict, f"sdtm.{i}.{kind}") for kind in _SDTM_KINDS) for i in range(modules)]
-    for i, one in enumerate(blocks):
-        if one != blocks[0]:
-            raise ValueError(
-                f"sdtm.{i} has {one} (generation, sparse, recovery, dense) blocks, sdtm.0 has {blocks[0]}: must agree"
-            )
-    layout = {
-        "num_pooling_blocks": _count(state_dict, "pooling_blocks"),
-        "num_sdtm": modules,
-        "num_dense_blocks": _count(state_dict, "dense_blocks"),
-    }
-    return layout | ({"sdtm_blocks": blocks[0]} if blocks else {})
-
-
-def _count(state_dict: Mapping[str, Tensor], prefix: str) -> int:
-    """How many numbers follow `prefix`, which must be 0, 1, 2, ... without a gap."""
-    found = {int(match[1]) for name in state_dict if (match := re.match(re.escape(prefix) + r"\.(\d+)\.", name))}
-    if found and max(found) != len(found) - 1:
-        gap = min(set(range(len(found))) - found)
-        raise ValueError(f"state_dict has {prefix}.{max(found)} but no {prefix}.{gap}")
-    return len(found)
-
-
 def _with_schedule(overrides: dict, grid: Grid | None) -> dict:
     if grid is None:
         return overrides
@@ -213,6 +58,16 @@ def _with_schedule(overrides: dict, grid: Grid | None) -> dict:
 
 
 # ---- changsn/SparseDiT ----------------------------------------------------------------------------------------------
+
+
+def released_to_flexdit(name: str) -> str | None:
+    """Our state_dict name of a tensor of changsn/SparseDiT; None for a name that its model does not have."""
+    return rename(name, SPARSEDIT, PARTS)
+
+
+def flexdit_to_released(name: str) -> str | None:
+    """The inverse of released_to_flexdit; None for a name that FlexDiT does not have."""
+    return rename(name, reverse(SPARSEDIT), reverse(PARTS))
 
 
 def from_sparsedit(
@@ -232,8 +87,8 @@ def from_sparsedit(
     Returns the model in evaluation mode. Raises ValueError naming what does not fit. With several recovery blocks in a
     module the released code recovers from tokens that are dense already; FlexDiT does not, and warns.
     """
-    tensors = _translate(_load(state_dict, "from_sparsedit"), released_to_flexdit, "SparseDiT")
-    tensors = _flatten_position(tensors)
+    tensors = translate(_load(state_dict, "from_sparsedit"), released_to_flexdit, "SparseDiT")
+    tensors = flatten_position(tensors)
     config = read_config(tensors, num_heads, **_with_schedule(overrides, grid))
     _warn_of_recovery(config)
     return build_model(config, _with_position(tensors, config), dtype, device, "from_sparsedit: state_dict")
@@ -255,7 +110,7 @@ def to_sparsedit(
     if config is not None:
         _warn_of_recovery(config)
     named = {name: tensor.detach() for name, tensor in tensors.items()}
-    named = _translate(named, flexdit_to_released, "FlexDiT")
+    named = translate(named, flexdit_to_released, "FlexDiT")
     if "pos_embed" in named and named["pos_embed"].dim() == 2:
         named["pos_embed"] = named["pos_embed"][None]
     return named
@@ -295,34 +150,53 @@ def from_dit(
     by its fields (num_pooling_blocks, num_sdtm, sdtm_blocks, num_dense_blocks), it is initialised as `sparsify` does.
     The other arguments, the result and the errors are those of from_sparsedit.
     """
-    tensors = _translate(_load(state_dict, "from_dit"), lambda name: _rename(name, _DIT, _PARTS), "DiT")
-    return _from_dense(_flatten_position(tensors), num_heads, config, grid, dtype, device, overrides, "from_dit")
+    tensors = translate(_load(state_dict, "from_dit"), lambda name: rename(name, DIT, PARTS), "DiT")
+    return _from_dense(flatten_position(tensors), num_heads, config, grid, dtype, device, overrides, "from_dit")
 
 
 def sparsify(dense_model: torch.nn.Module, config: FlexDiTConfig) -> FlexDiT:
     """FlexDiT of layout `config` from a dense one, by the paper's initialisation for fine-tuning (arXiv 2412.06028).
 
     Block k of FlexDiT, in order of computation, takes block k of the dense model: pooling blocks its value projection,
-    generation and recovery blocks qkv as q and kv. W_1 = 0, b_1 = 0, W_2 = I, b_2 = 0, so recovery starts from the dense
-    tokens. dense_model: FlexDiT (or reference.FlexDiT) with num_pooling_blocks = num_sdtm = 0. Returns a model with
-    copied weights of the same dtype and device, in evaluation mode. Raises ValueError where `config` differs in
-    anything but the layout, the schedule, reinject_position and class_dropout_prob's value.
+    generation and recovery blocks qkv as q and kv. W_1 = 0, b_1 = 0, W_2 = I, b_2 = 0, so recovery starts from the
+    dense tokens.
+
+    dense_model: FlexDiT (or reference.FlexDiT) with num_pooling_blocks = num_sdtm = 0 and config.depth dense blocks.
+    Returns a model with copied weights of the same dtype and device, in evaluation mode. Raises ValueError where
+    `config` differs in more than layout, schedule, reinject_position and the value of class_dropout_prob.
     """
+    if not isinstance(config, FlexDiTConfig):
+        raise TypeError(f"config is a {type(config).__name__}, must be a FlexDiTConfig")
     state_dict = dense_model.state_dict()
     device = state_dict["patch_embed.weight"].device
     return build_model(config, _sparsify(state_dict, dense_model.config, config), None, device, "sparsify: dense_model")
 
 
-def _from_dense(tensors, num_heads, config, grid, dtype, device, overrides, source: str) -> FlexDiT:
+def _from_dense(
+    tensors, num_heads, config, grid, dtype, device, overrides, source: str, input_size: int | None = None
+) -> FlexDiT:
+    """What from_dit and from_diffusers share; `input_size` is for tensors without pos_embed."""
+    if config is not None and (overrides or grid is not None):
+        given = ", ".join([*overrides, *(["grid"] if grid is not None else [])])
+        raise ValueError(f"{source}: both config and {given} given, config says it all")
     layout = {name: overrides.pop(name) for name in _LAYOUT if name in overrides}
+    if input_size is not None:
+        overrides.setdefault("input_size", input_size)
+    if config is not None:
+        overrides = {name: getattr(config, name) for name in ("input_size", "num_classes", "class_dropout_prob")}
     dense = read_config(tensors, num_heads, **_with_schedule(overrides, grid))
-    tensors = _with_position(tensors, dense)
     if config is None:
-        config = dataclasses.replace(dense, num_dense_blocks=0, **layout) if layout else dense
-    elif layout or overrides or grid is not None:
-        given = sorted([*layout, *overrides, *(["grid"] if grid is not None else [])])
-        raise ValueError(f"{source}: config already says what {', '.join(given)} would, give one of them")
-    return build_model(config, _sparsify(tensors, dense, config), dtype, device, f"{source}: state_dict")
+        config = _with_layout(dense, layout) if layout else dense
+    tensors = _sparsify(_with_position(tensors, dense), dense, config)
+    return build_model(config, tensors, dtype, device, f"{source}: state_dict")
+
+
+def _with_layout(dense: FlexDiTConfig, layout: dict) -> FlexDiTConfig:
+    """The dense configuration with another layout; dense blocks, unless given, are what the depth leaves."""
+    config = dataclasses.replace(dense, **({"num_dense_blocks": 0} | layout))
+    if "num_dense_blocks" in layout:
+        return config
+    return dataclasses.replace(config, num_dense_blocks=max(0, dense.depth - config.depth))
 
 
 def _sparsify(tensors: Mapping[str, Tensor], dense, config: FlexDiTConfig) -> dict[str, Tensor]:
@@ -371,7 +245,7 @@ def _block_order(config: FlexDiTConfig) -> list[tuple[str, str]]:
     """(name, kind) of every block in order of computation."""
     order = [(f"pooling_blocks.{i}", "pooling") for i in range(config.num_pooling_blocks)]
     for i in range(config.num_sdtm):
-        for kind, count in zip(_SDTM_KINDS, config.sdtm_blocks, strict=True):
+        for kind, count in zip(SDTM_KINDS, config.sdtm_blocks, strict=True):
             order += [(f"sdtm.{i}.{kind}.{j}", kind) for j in range(count)]
     return order + [(f"dense_blocks.{i}", "dense") for i in range(config.num_dense_blocks)]
 
@@ -415,21 +289,17 @@ def from_diffusers(
     if theirs.get("activation_fn", "gelu-approximate") != "gelu-approximate":
         raise ValueError(f"from_diffusers: activation_fn is {theirs['activation_fn']!r}, must be 'gelu-approximate'")
     num_heads = theirs.get("num_attention_heads") if num_heads is None else num_heads
-    if num_heads is None:
-        raise ValueError("from_diffusers: num_heads has to be given, a state dict does not tell it")
     tensors = _stack_qkv(_share_embeddings(tensors))
-    tensors = _translate(tensors, lambda name: _rename(name, _DIFFUSERS, _DIFFUSERS_PARTS), "DiTTransformer2DModel")
-    tensors = _flatten_position(tensors)
-    if "sample_size" in theirs and "pos_embed" not in tensors:  # diffusers computes the embedding anew at each start
-        side = overrides.get("input_size", theirs["sample_size"]) // theirs.get("patch_size", 2)
-        tensors["pos_embed"] = sincos_position_embedding((side, side), tensors["patch_embed.weight"].shape[0])
-    return _from_dense(tensors, num_heads, config, grid, dtype, device, overrides, "from_diffusers")
+    tensors = translate(tensors, lambda name: rename(name, DIFFUSERS, DIFFUSERS_PARTS), "DiTTransformer2DModel")
+    args = (config, grid, dtype, device, overrides, "from_diffusers")
+    # diffusers does not store the position embedding, from which the input size is read elsewhere.
+    return _from_dense(tensors, num_heads, *args, input_size=theirs.get("sample_size"))
 
 
 def _read_diffusers(model) -> tuple[dict[str, Tensor], Mapping]:
     """State dict and configuration (empty if unknown)."""
     if isinstance(model, torch.nn.Module):
-        return _load(model.state_dict(), "from_diffusers"), model.config
+        return _load(model.state_dict(), "from_diffusers"), getattr(model, "config", {})
     if isinstance(model, Mapping):
         return _load(model, "from_diffusers"), {}
     directory = Path(model)
@@ -452,7 +322,7 @@ def _share_embeddings(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             kept[name] = tensor
             continue
         first = tensors.get(f"transformer_blocks.0{match[2]}")
-        if first is None or not torch.equal(first, tensor):
+        if first is None or first.dtype != tensor.dtype or not torch.equal(first, tensor):
             raise ValueError(f"from_diffusers: {name} differs from block 0's, DiT has one embedding for all blocks")
     return kept
 
@@ -467,5 +337,7 @@ def _stack_qkv(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             parts = [name.replace(".to_q.", f".to_{part}.") for part in "qkv"]
             if missing := [part for part in parts if part not in tensors]:
                 raise ValueError(f"from_diffusers: the state dict has {name} but no {', '.join(missing)}")
+            if any(tensors[part].shape != tensor.shape for part in parts) or tensor.dim() == 0:
+                raise ValueError(f"from_diffusers: {', '.join(parts)} differ in shape")
             stacked[name.replace("attn1.to_q", "attn.qkv")] = torch.cat([tensors[part] for part in parts])
     return stacked

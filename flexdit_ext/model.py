@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import _block_ops, _C, ops
+from . import _C, _block_ops, ops
 from .blocks import DenseBlock, PoolingBlock, SparseDenseTokenModule, autocast_dtype, cast
 from .config import FlexDiTConfig
 from .layout import TokenLayout
@@ -120,9 +120,7 @@ class FlexDiT(nn.Module):
             dropped = torch.rand(y.shape, device=y.device) < config.class_dropout_prob
             y = torch.where(dropped, config.num_classes, y)
         dtype = autocast_dtype(x)
-        condition = _block_ops.condition(
-            t, y, cast(self._condition_parameters(), dtype), self.schedule.num_timesteps
-        )
+        condition = _block_ops.condition(t, y, cast(self._condition_parameters(), dtype), self.schedule.num_timesteps)
         x, weight, bias, position = cast([x, self.patch_embed.weight, self.patch_embed.bias, self.pos_embed], dtype)
         tokens, _ = _block_ops.patch_embed(x, weight, bias, position, layout.table)
         for block in self.pooling_blocks:

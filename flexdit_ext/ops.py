@@ -218,8 +218,8 @@ def pooled_attention(
     layout: TokenLayout,
     eps: float = 1e-6,
 ) -> Tensor:
-    """W_o mean_n(W_v mod(x)_n + b_v) + b_o: attention with equal weights. x [R, C]; shift, scale [B, C]; weights [C, C];
-    biases [C]. Returns [B, C], the vector that all tokens of a sample get.
+    """W_o mean_n(W_v mod(x)_n + b_v) + b_o: attention with equal weights. x [R, C]; shift, scale [B, C];
+    weights [C, C]; biases [C]. Returns [B, C], the vector that all tokens of a sample get.
 
     The mean is taken before W_v, with which it commutes. Source: arXiv 2412.06028 (Poolingformer).
     """
@@ -393,9 +393,7 @@ def _attention(
 
 @_attention.register_fake
 def _(q, k, v, num_heads, table_q, table_k):
-    return q.new_empty(q.shape), q.new_empty(
-        q.shape[0], num_heads, dtype=torch.promote_types(q.dtype, torch.float32)
-    )
+    return q.new_empty(q.shape), q.new_empty(q.shape[0], num_heads, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 @custom_op("flexdit_ext::attention_backward", mutates_args=())

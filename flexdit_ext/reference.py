@@ -363,7 +363,7 @@ class FinalLayer(nn.Module):
 
 
 class FlexDiT(nn.Module):
-    """The model. config: any object with FlexDiTConfig's attributes. Weights start as PyTorch's defaults, not adaLN-Zero.
+    """The model. config: any object with FlexDiTConfig's attributes. Weights start as PyTorch's defaults.
 
     Labels are never dropped here, not even in training mode: the same call gives the same result.
     """

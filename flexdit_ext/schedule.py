@@ -121,7 +121,9 @@ class DensitySchedule:
     def from_dict(cls, values: dict) -> DensitySchedule:
         unknown = set(values) - {"grids", "begins", "num_timesteps"}
         if unknown or "grids" not in values:
-            raise ValueError(f"schedule has the keys {sorted(values)}, must have grids and may have begins, num_timesteps")
+            raise ValueError(
+                f"schedule has the keys {sorted(values)}, must have grids and may have begins, num_timesteps"
+            )
         grids = [tuple(grid) for grid in values["grids"]]
         return cls(grids, values.get("num_timesteps", 1000), values.get("begins"))
 

@@ -91,9 +91,19 @@ void forward_task(const Attention& p, const Head<T>& q, const Head<T>& k, const 
         unpack<T>(v, j0, count, d, A(1), vb, dp);
         packed = j0;
       }
-      multiply<A>({.m = rows, .n = count, .k = d, .a = qb, .a_row = d, .a_k = 1, .b = kt, .ldb = ld, .c = s, .ldc = ld});
+      multiply<A>(
+          {.m = rows, .n = count, .k = d, .a = qb, .a_row = d, .a_k = 1, .b = kt, .ldb = ld, .c = s, .ldc = ld});
       online_softmax(s, rows, count, ld, maximum, sum, o, dp);
-      multiply<A>({.m = rows, .n = d, .k = count, .a = s, .a_row = ld, .a_k = 1, .b = vb, .ldb = dp, .c = o, .ldc = dp,
+      multiply<A>({.m = rows,
+                   .n = d,
+                   .k = count,
+                   .a = s,
+                   .a_row = ld,
+                   .a_k = 1,
+                   .b = vb,
+                   .ldb = dp,
+                   .c = o,
+                   .ldc = dp,
                    .accumulate = true});
     }
     for (int64_t i = 0; i < rows; ++i) {
@@ -137,8 +147,10 @@ void backward_task(const AttentionBackward& p, const Head<T>& q, const Head<T>& 
       const int64_t rows = smaller(kQueryBlock, q.count - i0);
       unpack<T>(q, i0, rows, d, scale, qb, dp);
       unpack<T>(grad_out, i0, rows, d, A(1), dob, dp);
-      multiply<A>({.m = rows, .n = count, .k = d, .a = qb, .a_row = dp, .a_k = 1, .b = kt, .ldb = ld, .c = s, .ldc = ld});
-      multiply<A>({.m = rows, .n = count, .k = d, .a = dob, .a_row = dp, .a_k = 1, .b = vt, .ldb = ld, .c = ds, .ldc = ld});
+      multiply<A>(
+          {.m = rows, .n = count, .k = d, .a = qb, .a_row = dp, .a_k = 1, .b = kt, .ldb = ld, .c = s, .ldc = ld});
+      multiply<A>(
+          {.m = rows, .n = count, .k = d, .a = dob, .a_row = dp, .a_k = 1, .b = vt, .ldb = ld, .c = ds, .ldc = ld});
       for (int64_t i = 0; i < rows; ++i) {
         const A lse = row<A>(p.lse, q.begin + i0 + i)[head_index], offset = delta[i0 + i];
         A *si = s + i * ld, *dsi = ds + i * ld;
@@ -148,12 +160,39 @@ void backward_task(const AttentionBackward& p, const Head<T>& q, const Head<T>& 
           dsi[j] = si[j] * (dsi[j] - offset);
         }
       }
-      multiply<A>({.m = count, .n = d, .k = rows, .a = s, .a_row = 1, .a_k = ld, .b = dob, .ldb = dp, .c = dv, .ldc = dp,
+      multiply<A>({.m = count,
+                   .n = d,
+                   .k = rows,
+                   .a = s,
+                   .a_row = 1,
+                   .a_k = ld,
+                   .b = dob,
+                   .ldb = dp,
+                   .c = dv,
+                   .ldc = dp,
                    .accumulate = true});
-      multiply<A>({.m = count, .n = d, .k = rows, .a = ds, .a_row = 1, .a_k = ld, .b = qb, .ldb = dp, .c = dk, .ldc = dp,
+      multiply<A>({.m = count,
+                   .n = d,
+                   .k = rows,
+                   .a = ds,
+                   .a_row = 1,
+                   .a_k = ld,
+                   .b = qb,
+                   .ldb = dp,
+                   .c = dk,
+                   .ldc = dp,
                    .accumulate = true});
-      multiply<A>({.m = rows, .n = d, .k = count, .a = ds, .a_row = ld, .a_k = 1, .b = kb, .ldb = dp, .c = dq + i0 * dp,
-                   .ldc = dp, .accumulate = true});
+      multiply<A>({.m = rows,
+                   .n = d,
+                   .k = count,
+                   .a = ds,
+                   .a_row = ld,
+                   .a_k = 1,
+                   .b = kb,
+                   .ldb = dp,
+                   .c = dq + i0 * dp,
+                   .ldc = dp,
+                   .accumulate = true});
     }
     for (int64_t i = 0; i < count; ++i)
       for (int64_t c = 0; c < d; ++c) {

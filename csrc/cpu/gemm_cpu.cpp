@@ -3,9 +3,9 @@
 // into pieces of few different sizes. oneDNN sums over k in an order that depends neither on the number of rows
 // nor on the threads as long as k stays under its limit for splitting it over threads; python_tests check that.
 #include <omp.h>
-#include <oneapi/dnnl/dnnl.hpp>
 
 #include <mutex>
+#include <oneapi/dnnl/dnnl.hpp>
 #include <string>
 #include <unordered_map>
 

@@ -5,32 +5,32 @@
 #include "flexdit/ops.h"
 
 // name, parameters. Linear layers of float32 and bfloat16 are oneDNN's (gemm_cpu.cpp) and not in this list.
-#define FLEXDIT_CPU_KERNELS(KERNEL)                                        \
-  KERNEL(linear_float64, Linear)                                           \
-  KERNEL(linear_float64_backward, LinearBackward)                          \
-  KERNEL(column_sums, ColumnSums)                                          \
-  KERNEL(convert, Elementwise)                                             \
-  KERNEL(modulated_layer_norm, ModulatedLayerNorm)                         \
-  KERNEL(modulated_layer_norm_backward, ModulatedLayerNormBackward)        \
-  KERNEL(gated_residual, GatedResidual)                                    \
-  KERNEL(gated_residual_backward, GatedResidualBackward)                   \
-  KERNEL(modulated_mean, ModulatedMean)                                    \
-  KERNEL(modulated_mean_backward, ModulatedMeanBackward)                   \
-  KERNEL(pool_tokens, PoolTokens)                                          \
-  KERNEL(pool_tokens_backward, PoolTokensBackward)                         \
-  KERNEL(gather_sparse, GatherSparse)                                      \
-  KERNEL(gather_sparse_backward, GatherSparseBackward)                     \
-  KERNEL(add_position, AddPosition)                                        \
-  KERNEL(attention, Attention)                                             \
-  KERNEL(attention_backward, AttentionBackward)                            \
-  KERNEL(gelu, Elementwise)                                                \
-  KERNEL(gelu_backward, GeluBackward)                                      \
-  KERNEL(silu, Elementwise)                                                \
-  KERNEL(silu_backward, SiluBackward)                                      \
-  KERNEL(patchify, Patches)                                                \
-  KERNEL(unpatchify, Patches)                                              \
-  KERNEL(timestep_embedding, TimestepEmbedding)                            \
-  KERNEL(label_embedding, LabelEmbedding)                                  \
+#define FLEXDIT_CPU_KERNELS(KERNEL)                                 \
+  KERNEL(linear_float64, Linear)                                    \
+  KERNEL(linear_float64_backward, LinearBackward)                   \
+  KERNEL(column_sums, ColumnSums)                                   \
+  KERNEL(convert, Elementwise)                                      \
+  KERNEL(modulated_layer_norm, ModulatedLayerNorm)                  \
+  KERNEL(modulated_layer_norm_backward, ModulatedLayerNormBackward) \
+  KERNEL(gated_residual, GatedResidual)                             \
+  KERNEL(gated_residual_backward, GatedResidualBackward)            \
+  KERNEL(modulated_mean, ModulatedMean)                             \
+  KERNEL(modulated_mean_backward, ModulatedMeanBackward)            \
+  KERNEL(pool_tokens, PoolTokens)                                   \
+  KERNEL(pool_tokens_backward, PoolTokensBackward)                  \
+  KERNEL(gather_sparse, GatherSparse)                               \
+  KERNEL(gather_sparse_backward, GatherSparseBackward)              \
+  KERNEL(add_position, AddPosition)                                 \
+  KERNEL(attention, Attention)                                      \
+  KERNEL(attention_backward, AttentionBackward)                     \
+  KERNEL(gelu, Elementwise)                                         \
+  KERNEL(gelu_backward, GeluBackward)                               \
+  KERNEL(silu, Elementwise)                                         \
+  KERNEL(silu_backward, SiluBackward)                               \
+  KERNEL(patchify, Patches)                                         \
+  KERNEL(unpatchify, Patches)                                       \
+  KERNEL(timestep_embedding, TimestepEmbedding)                     \
+  KERNEL(label_embedding, LabelEmbedding)                           \
   KERNEL(label_embedding_backward, LabelEmbeddingBackward)
 
 namespace flexdit::cpu {

@@ -26,15 +26,24 @@ void multiply_blocks(const Operand& a, const Operand& b, const Matrix& c, int64_
     const int64_t columns = c.cols - j0 < kBlockColumns ? c.cols - j0 : kBlockColumns;
     Scratch& scratch = thread_scratch();
     scratch.reset<double>((kBlockRows + kBlockDepth) * kBlockColumns, 2);
-    double *sum = scratch.take<double>(kBlockRows * kBlockColumns), *bb = scratch.take<double>(kBlockDepth * kBlockColumns);
+    double *sum = scratch.take<double>(kBlockRows * kBlockColumns),
+           *bb = scratch.take<double>(kBlockDepth * kBlockColumns);
     for (int64_t i = 0; i < rows * kBlockColumns; ++i) sum[i] = 0;
     for (int64_t l0 = 0; l0 < k; l0 += kBlockDepth) {
       const int64_t depth = k - l0 < kBlockDepth ? k - l0 : kBlockDepth;
       for (int64_t l = 0; l < depth; ++l)
         for (int64_t j = 0; j < kBlockColumns; ++j)
           bb[l * kBlockColumns + j] = j < columns ? b.data[(l0 + l) * b.row + (j0 + j) * b.column] : 0;
-      multiply<double>({.m = rows, .n = columns, .k = depth, .a = a.data + i0 * a.row + l0 * a.column, .a_row = a.row,
-                        .a_k = a.column, .b = bb, .ldb = kBlockColumns, .c = sum, .ldc = kBlockColumns,
+      multiply<double>({.m = rows,
+                        .n = columns,
+                        .k = depth,
+                        .a = a.data + i0 * a.row + l0 * a.column,
+                        .a_row = a.row,
+                        .a_k = a.column,
+                        .b = bb,
+                        .ldb = kBlockColumns,
+                        .c = sum,
+                        .ldc = kBlockColumns,
                         .accumulate = true});
     }
     for (int64_t i = 0; i < rows; ++i) {
@@ -54,7 +63,8 @@ void linear_float64(const Linear& p, int threads) {
 }
 
 void linear_float64_backward(const LinearBackward& p, int threads) {
-  if (p.grad_x) multiply_blocks(plain(p.grad_y), plain(p.weight), p.grad_x, p.weight.rows, p.accumulate_grad_x, threads);
+  if (p.grad_x)
+    multiply_blocks(plain(p.grad_y), plain(p.weight), p.grad_x, p.weight.rows, p.accumulate_grad_x, threads);
   if (p.grad_weight) multiply_blocks(transposed(p.grad_y), plain(p.x), p.grad_weight, p.x.rows, false, threads);
   if (p.grad_bias) column_sums({.x = p.grad_y, .sums = p.grad_bias}, threads);
 }

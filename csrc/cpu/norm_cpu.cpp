@@ -29,8 +29,7 @@ template <class T>
 void normalize_row(const T* x, const T* shift, const T* scale, T* y, int64_t c, double eps) {
   const auto [mean, rstd] = statistics(x, c, eps);
 #pragma omp simd
-  for (int64_t i = 0; i < c; ++i)
-    store(y, i, (load(x, i) - mean) * rstd * (1 + load(scale, i)) + load(shift, i));
+  for (int64_t i = 0; i < c; ++i) store(y, i, (load(x, i) - mean) * rstd * (1 + load(scale, i)) + load(shift, i));
 }
 
 // grad_x = rstd (g - mean(g) - xhat mean(g xhat)) + residual, with g = grad_y (1 + scale).

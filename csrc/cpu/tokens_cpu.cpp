@@ -138,9 +138,9 @@ void gather_sparse(const GatherSparse& p, int threads) {
       const int64_t b = p.layout.sample_of(r), n = r - p.layout.offset(b);
       const Grid &dense = p.layout.grid(b), &sparse = p.sparse_layout.grid(b);
       const auto [f, y, x] = index_of(dense, n);
-      const int64_t source = token_at(sparse, nearest_source(f, dense.frames, sparse.frames),
-                                      nearest_source(y, dense.height, sparse.height),
-                                      nearest_source(x, dense.width, sparse.width));
+      const int64_t source =
+          token_at(sparse, nearest_source(f, dense.frames, sparse.frames),
+                   nearest_source(y, dense.height, sparse.height), nearest_source(x, dense.width, sparse.width));
       const T *from_x = row<T>(p.x, r), *from_s = row<T>(p.s, p.sparse_layout.offset(b) + source);
       T* out = row<T>(p.out, r);
       if (p.position) {
@@ -154,8 +154,8 @@ void gather_sparse(const GatherSparse& p, int threads) {
     }
   });
   if (p.normed)
-    modulated_layer_norm({.x = p.out, .shift = p.shift, .scale = p.scale, .layout = p.layout, .y = p.normed, .eps = p.eps},
-                         threads);
+    modulated_layer_norm(
+        {.x = p.out, .shift = p.shift, .scale = p.scale, .layout = p.layout, .y = p.normed, .eps = p.eps}, threads);
 }
 
 void gather_sparse_backward(const GatherSparseBackward& p, int threads) {

@@ -106,11 +106,11 @@ Context plan_inference(const BlockShape& s, const Matrix& out, Arena& arena) {
 }
 
 struct Workspace {
-  Matrix silu;      // [B, C]
-  Matrix n;         // [R, C]
-  Matrix n_other;   // [Ro, C]
-  Matrix u;         // recovery: [Ro, C], W_1 of the sparse tokens
-  Matrix act;       // with a context: [R, 4C], GELU of it, which backward computes again
+  Matrix silu;       // [B, C]
+  Matrix n;          // [R, C]
+  Matrix n_other;    // [Ro, C]
+  Matrix u;          // recovery: [Ro, C], W_1 of the sparse tokens
+  Matrix act;        // with a context: [R, 4C], GELU of it, which backward computes again
   void* statistics;  // of R rows
 };
 
@@ -149,9 +149,9 @@ Attention attention_of(const BlockForward& p, const Context& k) {
 
 void normalize(const Matrix& x, const TokenLayout& layout, const Matrix& modulation, Part shift, const Matrix& y,
                const Execution& exec) {
-  modulated_layer_norm({.x = x, .shift = part(modulation, shift), .scale = part(modulation, Part(shift + 1)),
-                        .layout = layout, .y = y},
-                       exec);
+  modulated_layer_norm(
+      {.x = x, .shift = part(modulation, shift), .scale = part(modulation, Part(shift + 1)), .layout = layout, .y = y},
+      exec);
 }
 
 // The tokens that the first residual adds to: x, or m in recovery.
@@ -161,8 +161,12 @@ void forward_attention(const BlockForward& p, const Roles& w, const Context& k, 
                        const Execution& exec) {
   const auto& kind = p.shape.kind;
   if (kind == BlockKind::pooling) {  // identity 1: mean first, then W_v and W_o of one vector per sample
-    modulated_mean({.x = p.x, .shift = part(k.modulation, kShift1), .scale = part(k.modulation, kScale1),
-                    .layout = p.layout, .mean = k.pooled, .workspace = ws.statistics},
+    modulated_mean({.x = p.x,
+                    .shift = part(k.modulation, kShift1),
+                    .scale = part(k.modulation, kScale1),
+                    .layout = p.layout,
+                    .mean = k.pooled,
+                    .workspace = ws.statistics},
                    exec);
     apply(w.v, k.pooled, k.v, exec);
     apply(w.proj, k.v, k.y1, exec);
@@ -171,8 +175,14 @@ void forward_attention(const BlockForward& p, const Roles& w, const Context& k, 
   if (kind == BlockKind::recovery) {  // identity 2: W_1 before the gather
     apply(w.from_sparse, p.other, ws.u, exec);
     apply(w.from_dense, p.x, k.base, exec);
-    gather_sparse({.s = ws.u, .x = k.base, .position = p.position, .layout = p.layout, .sparse_layout = p.other_layout,
-                   .out = k.base, .shift = part(k.modulation, kShift1), .scale = part(k.modulation, kScale1),
+    gather_sparse({.s = ws.u,
+                   .x = k.base,
+                   .position = p.position,
+                   .layout = p.layout,
+                   .sparse_layout = p.other_layout,
+                   .out = k.base,
+                   .shift = part(k.modulation, kShift1),
+                   .scale = part(k.modulation, kScale1),
                    .normed = ws.n},
                   exec);
   } else {
@@ -197,16 +207,16 @@ void check_lists(const BlockForward& p) {
 }
 
 struct BackwardWorkspace {
-  Matrix silu, grad_silu;                       // [B, C]
-  Matrix grad_modulation;                       // [B, 6C]
-  Matrix grad_y;                                // [R, C]
-  Matrix n;                                     // [R, C]: a modulated layer norm again
-  Matrix grad_n;                                // [R, C]
-  Matrix act, grad_h;                           // [R, 4C]
-  Matrix grad_qkv, grad_q, grad_kv;             // as in the context
-  Matrix n_other, grad_n_other;                 // [Ro, C]
-  Matrix grad_base;                             // recovery: [R, C]
-  Matrix grad_pooled, grad_v;                   // pooling: [B, C]
+  Matrix silu, grad_silu;            // [B, C]
+  Matrix grad_modulation;            // [B, 6C]
+  Matrix grad_y;                     // [R, C]
+  Matrix n;                          // [R, C]: a modulated layer norm again
+  Matrix grad_n;                     // [R, C]
+  Matrix act, grad_h;                // [R, 4C]
+  Matrix grad_qkv, grad_q, grad_kv;  // as in the context
+  Matrix n_other, grad_n_other;      // [Ro, C]
+  Matrix grad_base;                  // recovery: [R, C]
+  Matrix grad_pooled, grad_v;        // pooling: [B, C]
   void* statistics;
   void* linear;
 };
@@ -238,27 +248,42 @@ BackwardWorkspace plan_backward(const BlockShape& s, Arena& arena) {
 // Gradients of a linear layer's weight and bias, and of its input unless grad_x is empty.
 void apply_backward(const Layer& layer, const Layer& grad, const Matrix& x, const Matrix& grad_y, const Matrix& grad_x,
                     void* workspace, const Execution& exec, bool accumulate_grad_x = false) {
-  linear_backward({.x = x, .weight = layer.weight, .grad_y = grad_y, .grad_x = grad_x, .grad_weight = grad.weight,
-                   .grad_bias = grad.bias, .accumulate_grad_x = accumulate_grad_x, .workspace = workspace},
+  linear_backward({.x = x,
+                   .weight = layer.weight,
+                   .grad_y = grad_y,
+                   .grad_x = grad_x,
+                   .grad_weight = grad.weight,
+                   .grad_bias = grad.bias,
+                   .accumulate_grad_x = accumulate_grad_x,
+                   .workspace = workspace},
                   exec);
 }
 
 void backward_normalize(const Matrix& x, const TokenLayout& layout, const Context& k, const BackwardWorkspace& w,
                         Part shift, const Matrix& grad_y, const Matrix& residual, const Matrix& grad_x,
                         bool accumulate_modulation, const Execution& exec) {
-  modulated_layer_norm_backward(
-      {.x = x, .scale = part(k.modulation, Part(shift + 1)), .layout = layout, .grad_y = grad_y,
-       .grad_residual = residual, .grad_x = grad_x, .grad_shift = part(w.grad_modulation, shift),
-       .grad_scale = part(w.grad_modulation, Part(shift + 1)), .accumulate_modulation = accumulate_modulation,
-       .workspace = w.statistics},
-      exec);
+  modulated_layer_norm_backward({.x = x,
+                                 .scale = part(k.modulation, Part(shift + 1)),
+                                 .layout = layout,
+                                 .grad_y = grad_y,
+                                 .grad_residual = residual,
+                                 .grad_x = grad_x,
+                                 .grad_shift = part(w.grad_modulation, shift),
+                                 .grad_scale = part(w.grad_modulation, Part(shift + 1)),
+                                 .accumulate_modulation = accumulate_modulation,
+                                 .workspace = w.statistics},
+                                exec);
 }
 
 // From grad_out to the gradient of x1, which is left in grad_x.
 void backward_mlp(const BlockBackward& p, const Roles& w, const Roles& grad, const Context& k,
                   const BackwardWorkspace& ws, const Execution& exec) {
-  gated_residual_backward({.y = k.y2, .gate = part(k.modulation, kGate2), .layout = p.layout, .grad_out = p.grad_out,
-                           .grad_y = ws.grad_y, .grad_gate = part(ws.grad_modulation, kGate2)},
+  gated_residual_backward({.y = k.y2,
+                           .gate = part(k.modulation, kGate2),
+                           .layout = p.layout,
+                           .grad_out = p.grad_out,
+                           .grad_y = ws.grad_y,
+                           .grad_gate = part(ws.grad_modulation, kGate2)},
                           exec);
   apply_backward(w.fc2, {}, ws.act, ws.grad_y, ws.grad_h, ws.linear, exec);
   gelu_backward({.x = k.h, .grad_y = ws.grad_h, .y = ws.act, .grad_x = ws.grad_h}, exec);
@@ -272,15 +297,25 @@ void backward_mlp(const BlockBackward& p, const Roles& w, const Roles& grad, con
 void backward_pooling(const BlockBackward& p, const Roles& w, const Roles& grad, const Context& k,
                       const BackwardWorkspace& ws, const Execution& exec) {
   const Matrix grad_y1 = ws.grad_silu;  // [B, C], free until the modulation's turn
-  gated_residual_backward({.y = k.y1, .gate = part(k.modulation, kGate1), .layout = p.layout, .grad_out = p.grad_x,
-                           .grad_y = grad_y1, .grad_gate = part(ws.grad_modulation, kGate1), .y_per_sample = true},
+  gated_residual_backward({.y = k.y1,
+                           .gate = part(k.modulation, kGate1),
+                           .layout = p.layout,
+                           .grad_out = p.grad_x,
+                           .grad_y = grad_y1,
+                           .grad_gate = part(ws.grad_modulation, kGate1),
+                           .y_per_sample = true},
                           exec);
   apply_backward(w.proj, grad.proj, k.v, grad_y1, ws.grad_v, ws.linear, exec);
   apply_backward(w.v, grad.v, k.pooled, ws.grad_v, ws.grad_pooled, ws.linear, exec);
-  modulated_mean_backward({.x = p.x, .scale = part(k.modulation, kScale1), .layout = p.layout,
-                           .grad_mean = ws.grad_pooled, .grad_residual = p.grad_x, .grad_x = p.grad_x,
+  modulated_mean_backward({.x = p.x,
+                           .scale = part(k.modulation, kScale1),
+                           .layout = p.layout,
+                           .grad_mean = ws.grad_pooled,
+                           .grad_residual = p.grad_x,
+                           .grad_x = p.grad_x,
                            .grad_shift = part(ws.grad_modulation, kShift1),
-                           .grad_scale = part(ws.grad_modulation, kScale1), .workspace = ws.statistics},
+                           .grad_scale = part(ws.grad_modulation, kScale1),
+                           .workspace = ws.statistics},
                           exec);
 }
 
@@ -289,8 +324,12 @@ void backward_attention(const BlockBackward& p, const Roles& w, const Roles& gra
                         const BackwardWorkspace& ws, const Execution& exec) {
   const int64_t c = p.shape.hidden;
   const bool cross = is_cross(p.shape.kind);
-  gated_residual_backward({.y = k.y1, .gate = part(k.modulation, kGate1), .layout = p.layout, .grad_out = p.grad_x,
-                           .grad_y = ws.grad_y, .grad_gate = part(ws.grad_modulation, kGate1)},
+  gated_residual_backward({.y = k.y1,
+                           .gate = part(k.modulation, kGate1),
+                           .layout = p.layout,
+                           .grad_out = p.grad_x,
+                           .grad_y = ws.grad_y,
+                           .grad_gate = part(ws.grad_modulation, kGate1)},
                           exec);
   const Matrix grad_attended = ws.grad_n;
   apply_backward(w.proj, grad.proj, k.attended, ws.grad_y, grad_attended, ws.linear, exec);
@@ -326,10 +365,14 @@ void backward_attention(const BlockBackward& p, const Roles& w, const Roles& gra
 
 const char* name_of(BlockKind kind) {
   switch (kind) {
-    case BlockKind::pooling: return "pooling";
-    case BlockKind::dense: return "dense";
-    case BlockKind::generation: return "generation";
-    case BlockKind::recovery: return "recovery";
+    case BlockKind::pooling:
+      return "pooling";
+    case BlockKind::dense:
+      return "dense";
+    case BlockKind::generation:
+      return "generation";
+    case BlockKind::recovery:
+      return "recovery";
   }
   return "unknown";
 }
@@ -381,8 +424,14 @@ void block_forward(const BlockForward& p, const Execution& exec) {
   silu({.x = p.condition, .y = ws.silu}, exec);
   apply(w.modulation, ws.silu, k.modulation, exec);
   forward_attention(p, w, k, ws, exec);
-  gated_residual({.x = base_of(p, k), .y = k.y1, .gate = part(k.modulation, kGate1), .layout = p.layout, .out = k.x1,
-                  .shift = part(k.modulation, kShift2), .scale = part(k.modulation, kScale2), .normed = ws.n,
+  gated_residual({.x = base_of(p, k),
+                  .y = k.y1,
+                  .gate = part(k.modulation, kGate1),
+                  .layout = p.layout,
+                  .out = k.x1,
+                  .shift = part(k.modulation, kShift2),
+                  .scale = part(k.modulation, kScale2),
+                  .normed = ws.n,
                   .y_per_sample = p.shape.kind == BlockKind::pooling},
                  exec);
   if (keeps_context) {
@@ -413,9 +462,9 @@ void block_backward(const BlockBackward& p, const Execution& exec) {
 
   silu({.x = p.condition, .y = ws.silu}, exec);
   apply_backward(w.modulation, grad.modulation, ws.silu, ws.grad_modulation, ws.grad_silu, ws.linear, exec);
-  silu_backward({.x = p.condition, .grad_y = ws.grad_silu, .grad_x = p.grad_condition,
-                 .accumulate = p.accumulate_condition},
-                exec);
+  silu_backward(
+      {.x = p.condition, .grad_y = ws.grad_silu, .grad_x = p.grad_condition, .accumulate = p.accumulate_condition},
+      exec);
 }
 
 }  // namespace flexdit

@@ -40,8 +40,11 @@ void normalize_final(const FinalLayerForward& p, const FinalWorkspace& w, const 
   const int64_t c = p.x.cols;
   silu({.x = p.condition, .y = w.silu}, exec);
   linear({.x = w.silu, .weight = p.parameters[0], .bias = p.parameters[1], .y = w.modulation}, exec);
-  modulated_layer_norm({.x = p.x, .shift = w.modulation.columns(0, c), .scale = w.modulation.columns(c, c),
-                        .layout = p.layout, .y = w.n},
+  modulated_layer_norm({.x = p.x,
+                        .shift = w.modulation.columns(0, c),
+                        .scale = w.modulation.columns(c, c),
+                        .layout = p.layout,
+                        .y = w.n},
                        exec);
 }
 
@@ -63,8 +66,7 @@ ConditionWorkspace plan_condition(int64_t batch, int64_t c, int64_t features, DT
 ConditionWorkspace embed_timestep(const ConditionForward& p, const Execution& exec) {
   require(p.parameters.size() == 5, "condition: parameters must hold 5 tensors");
   Arena arena(p.workspace);
-  const auto w =
-      plan_condition(p.features.rows, p.parameters[0].rows, p.features.cols, p.features.dtype, arena);
+  const auto w = plan_condition(p.features.rows, p.parameters[0].rows, p.features.cols, p.features.dtype, arena);
   linear({.x = p.features, .weight = p.parameters[0], .bias = p.parameters[1], .y = w.hidden}, exec);
   silu({.x = w.hidden, .y = w.activated}, exec);
   return w;
@@ -89,16 +91,31 @@ void final_layer_backward(const FinalLayerBackward& p, const Execution& exec) {
   require(p.grad_parameters.size() == 4, "final layer: grad_parameters must hold 4 tensors");
   const int64_t c = p.x.cols;
   normalize_final(p, w, exec);
-  linear_backward({.x = w.n, .weight = p.parameters[2], .grad_y = p.grad_out, .grad_x = w.grad_n,
-                   .grad_weight = p.grad_parameters[2], .grad_bias = p.grad_parameters[3], .workspace = w.linear},
+  linear_backward({.x = w.n,
+                   .weight = p.parameters[2],
+                   .grad_y = p.grad_out,
+                   .grad_x = w.grad_n,
+                   .grad_weight = p.grad_parameters[2],
+                   .grad_bias = p.grad_parameters[3],
+                   .workspace = w.linear},
                   exec);
-  modulated_layer_norm_backward({.x = p.x, .scale = w.modulation.columns(c, c), .layout = p.layout,
-                                 .grad_y = w.grad_n, .grad_residual = {}, .grad_x = p.grad_x,
+  modulated_layer_norm_backward({.x = p.x,
+                                 .scale = w.modulation.columns(c, c),
+                                 .layout = p.layout,
+                                 .grad_y = w.grad_n,
+                                 .grad_residual = {},
+                                 .grad_x = p.grad_x,
                                  .grad_shift = w.grad_modulation.columns(0, c),
-                                 .grad_scale = w.grad_modulation.columns(c, c), .workspace = w.statistics},
+                                 .grad_scale = w.grad_modulation.columns(c, c),
+                                 .workspace = w.statistics},
                                 exec);
-  linear_backward({.x = w.silu, .weight = p.parameters[0], .grad_y = w.grad_modulation, .grad_x = w.grad_silu,
-                   .grad_weight = p.grad_parameters[0], .grad_bias = p.grad_parameters[1], .workspace = w.linear},
+  linear_backward({.x = w.silu,
+                   .weight = p.parameters[0],
+                   .grad_y = w.grad_modulation,
+                   .grad_x = w.grad_silu,
+                   .grad_weight = p.grad_parameters[0],
+                   .grad_bias = p.grad_parameters[1],
+                   .workspace = w.linear},
                   exec);
   silu_backward({.x = p.condition, .grad_y = w.grad_silu, .grad_x = p.grad_condition}, exec);
 }
@@ -118,12 +135,22 @@ void condition_forward(const ConditionForward& p, const Execution& exec) {
 void condition_backward(const ConditionBackward& p, const Execution& exec) {
   const ConditionWorkspace w = embed_timestep(p, exec);
   require(p.grad_parameters.size() == 5, "condition: grad_parameters must hold 5 tensors");
-  linear_backward({.x = w.activated, .weight = p.parameters[2], .grad_y = p.grad_out, .grad_x = w.grad_activated,
-                   .grad_weight = p.grad_parameters[2], .grad_bias = p.grad_parameters[3], .workspace = w.linear},
+  linear_backward({.x = w.activated,
+                   .weight = p.parameters[2],
+                   .grad_y = p.grad_out,
+                   .grad_x = w.grad_activated,
+                   .grad_weight = p.grad_parameters[2],
+                   .grad_bias = p.grad_parameters[3],
+                   .workspace = w.linear},
                   exec);
   silu_backward({.x = w.hidden, .grad_y = w.grad_activated, .grad_x = w.grad_activated}, exec);
-  linear_backward({.x = p.features, .weight = p.parameters[0], .grad_y = w.grad_activated, .grad_x = {},
-                   .grad_weight = p.grad_parameters[0], .grad_bias = p.grad_parameters[1], .workspace = w.linear},
+  linear_backward({.x = p.features,
+                   .weight = p.parameters[0],
+                   .grad_y = w.grad_activated,
+                   .grad_x = {},
+                   .grad_weight = p.grad_parameters[0],
+                   .grad_bias = p.grad_parameters[1],
+                   .workspace = w.linear},
                   exec);
   if (p.grad_parameters[4])
     label_embedding_backward({.labels = p.labels, .grad_out = p.grad_out, .grad_table = p.grad_parameters[4]}, exec);
@@ -150,9 +177,13 @@ void patch_embed_backward(const PatchEmbedBackward& p, const Execution& exec) {
   const Matrix& rows = p.image.rows;
   const Matrix grad_rows = arena.matrix(rows.rows, rows.cols, rows.dtype);
   void* workspace = arena.bytes(linear_backward_workspace(rows.dtype, p.grad_out.cols, rows.cols));
-  linear_backward({.x = rows, .weight = p.parameters[0], .grad_y = p.grad_out,
-                   .grad_x = p.image.image ? grad_rows : Matrix{}, .grad_weight = p.grad_parameters[0],
-                   .grad_bias = p.grad_parameters[1], .workspace = workspace},
+  linear_backward({.x = rows,
+                   .weight = p.parameters[0],
+                   .grad_y = p.grad_out,
+                   .grad_x = p.image.image ? grad_rows : Matrix{},
+                   .grad_weight = p.grad_parameters[0],
+                   .grad_bias = p.grad_parameters[1],
+                   .workspace = workspace},
                   exec);
   if (!p.image.image) return;
   Patches image = p.image;

@@ -21,7 +21,7 @@ struct BlockCall {
 };
 
 struct Module {
-  Matrix dense, pooled;     // the tokens that enter, and their pooled grid
+  Matrix dense, pooled;         // the tokens that enter, and their pooled grid
   size_t first, recovery, end;  // block calls: [first, recovery) on sparse tokens, [recovery, end) recovery blocks
 };
 
@@ -29,7 +29,12 @@ class Walk {
  public:
   // With `exec` the walk computes; without, it only lays the buffers out.
   Walk(const ModelForward& p, bool keeps_context, const Execution* exec)
-      : p_(p), c_(p.config), exec_(exec), keeps_(keeps_context), kept_(p.context), scratch_(p.workspace),
+      : p_(p),
+        c_(p.config),
+        exec_(exec),
+        keeps_(keeps_context),
+        kept_(p.context),
+        scratch_(p.workspace),
         dense_layout_(p.batch, c_.dense_grid()) {
     rows_ = p.batch * c_.dense_grid().tokens();
     if (p.sparse_layout.table) sparse_rows_ = p.sparse_layout.total();
@@ -86,7 +91,10 @@ class Walk {
     m.pooled = place(true, {});
     m.first = calls.size();
     if (exec_)
-      pool_tokens({.x = tokens, .position = position(), .layout = dense_layout(), .sparse_layout = p_.sparse_layout,
+      pool_tokens({.x = tokens,
+                   .position = position(),
+                   .layout = dense_layout(),
+                   .sparse_layout = p_.sparse_layout,
                    .out = m.pooled},
                   *exec_);
     Matrix s = m.pooled;
@@ -100,12 +108,21 @@ class Walk {
   }
 
   Matrix block(BlockKind kind, bool sparse, const Matrix& x, const Matrix& other = {}) {
-    BlockCall call{.shape = {.kind = kind, .hidden = c_.hidden, .mlp_hidden = c_.mlp_hidden,
-                             .num_heads = c_.num_heads, .batch = p_.batch, .rows = x.rows, .other_rows = other.rows,
+    BlockCall call{.shape = {.kind = kind,
+                             .hidden = c_.hidden,
+                             .mlp_hidden = c_.mlp_hidden,
+                             .num_heads = c_.num_heads,
+                             .batch = p_.batch,
+                             .rows = x.rows,
+                             .other_rows = other.rows,
                              .dtype = p_.dtype},
                    .first_parameter = next_parameter_,
                    .num_parameters = block_parameters(kind, c_.hidden, c_.mlp_hidden).size(),
-                   .sparse = sparse, .x = x, .other = other, .out = place(sparse, x), .context = nullptr};
+                   .sparse = sparse,
+                   .x = x,
+                   .other = other,
+                   .out = place(sparse, x),
+                   .context = nullptr};
     next_parameter_ += call.num_parameters;
     if (keeps_) call.context = kept_.bytes(block_context_bytes(call.shape));
     void* workspace = temporary(block_workspace_bytes(call.shape, keeps_));
@@ -116,46 +133,70 @@ class Walk {
 
   void embed() {
     tokens = place(false, {});
-    void* workspace =
-        temporary(condition_workspace_bytes(p_.batch, c_.hidden, c_.timestep_features, p_.dtype));
+    void* workspace = temporary(condition_workspace_bytes(p_.batch, c_.hidden, c_.timestep_features, p_.dtype));
     if (!exec_) return;
     if (!p_.timestep_features) timestep_embedding({.t = p_.t, .out = features}, *exec_);
     condition_forward({.parameters = parameters(kCondition, 5),
-                       .features = p_.timestep_features ? p_.timestep_features : features, .labels = p_.labels,
-                       .out = condition, .workspace = workspace},
+                       .features = p_.timestep_features ? p_.timestep_features : features,
+                       .labels = p_.labels,
+                       .out = condition,
+                       .workspace = workspace},
                       *exec_);
-    patch_embed_forward({.parameters = parameters(kPatchEmbed, 2), .image = image(const_cast<void*>(p_.x)),
-                         .position = p_.parameters[kPosition], .layout = dense_layout(), .out = tokens},
+    patch_embed_forward({.parameters = parameters(kPatchEmbed, 2),
+                         .image = image(const_cast<void*>(p_.x)),
+                         .position = p_.parameters[kPosition],
+                         .layout = dense_layout(),
+                         .out = tokens},
                         *exec_);
   }
 
   void finish() {
-    void* workspace = temporary(
-        final_layer_workspace_bytes(p_.batch, rows_, c_.hidden, final_rows.cols, p_.dtype));
+    void* workspace = temporary(final_layer_workspace_bytes(p_.batch, rows_, c_.hidden, final_rows.cols, p_.dtype));
     if (!exec_) return;
-    final_layer_forward({.parameters = parameters(final_parameter, 4), .layout = dense_layout(), .x = tokens,
-                         .condition = condition, .out = final_rows, .workspace = workspace},
+    final_layer_forward({.parameters = parameters(final_parameter, 4),
+                         .layout = dense_layout(),
+                         .x = tokens,
+                         .condition = condition,
+                         .out = final_rows,
+                         .workspace = workspace},
                         *exec_);
     unpatchify(final_image(p_.out), *exec_);
   }
 
  public:
   Patches image(void* data) const {
-    return {.image = data, .rows = patches, .batch = p_.batch, .channels = c_.in_channels,
-            .height = c_.input_height, .width = c_.input_width, .patch = c_.patch_size};
+    return {.image = data,
+            .rows = patches,
+            .batch = p_.batch,
+            .channels = c_.in_channels,
+            .height = c_.input_height,
+            .width = c_.input_width,
+            .patch = c_.patch_size};
   }
   Patches final_image(void* data) const {
-    return {.image = data, .rows = final_rows, .batch = p_.batch, .channels = c_.out_channels,
-            .height = c_.input_height, .width = c_.input_width, .patch = c_.patch_size, .channels_last = true};
+    return {.image = data,
+            .rows = final_rows,
+            .batch = p_.batch,
+            .channels = c_.out_channels,
+            .height = c_.input_height,
+            .width = c_.input_width,
+            .patch = c_.patch_size,
+            .channels_last = true};
   }
   Matrix position() const { return c_.reinject_position && exec_ ? p_.parameters[kPosition] : Matrix{}; }
   BlockForward forward_of(const BlockCall& call, void* workspace) const {
     const bool recovery = call.shape.kind == BlockKind::recovery;
-    return {.shape = call.shape, .parameters = parameters(call.first_parameter, call.num_parameters),
+    return {.shape = call.shape,
+            .parameters = parameters(call.first_parameter, call.num_parameters),
             .layout = call.sparse ? p_.sparse_layout : dense_layout(),
-            .other_layout = recovery ? p_.sparse_layout : dense_layout(), .x = call.x, .other = call.other,
-            .condition = condition, .position = recovery ? position() : Matrix{}, .out = call.out,
-            .context = call.context, .workspace = workspace};
+            .other_layout = recovery ? p_.sparse_layout : dense_layout(),
+            .x = call.x,
+            .other = call.other,
+            .condition = condition,
+            .position = recovery ? position() : Matrix{},
+            .out = call.out,
+            .context = call.context,
+            .workspace = workspace};
   }
 
  private:
@@ -240,8 +281,11 @@ class Backward {
       const bool generation = walk_.calls[i].shape.kind == BlockKind::generation;
       block(i, grads_.sparse, generation ? grads_.dense[0] : Matrix{}, true);
     }
-    pool_tokens_backward({.layout = walk_.dense_layout(), .sparse_layout = p_.sparse_layout,
-                          .grad_out = grads_.sparse[0], .grad_x = grads_.dense[0], .accumulate = true},
+    pool_tokens_backward({.layout = walk_.dense_layout(),
+                          .sparse_layout = p_.sparse_layout,
+                          .grad_out = grads_.sparse[0],
+                          .grad_x = grads_.dense[0],
+                          .accumulate = true},
                          exec_);
   }
 
@@ -276,11 +320,11 @@ void check(const ModelForward& p) {
   const auto require = [](bool holds, const std::string& message) {
     if (!holds) throw ArgumentError("model: " + message);
   };
-  require(p.parameters.size() == wanted, "parameters holds " + std::to_string(p.parameters.size()) +
-                                             " tensors, must hold " + std::to_string(wanted));
-  require(c.num_sdtm == 0 || p.sparse_layout.batch == p.batch,
-          "sparse_layout has " + std::to_string(p.sparse_layout.batch) + " samples, must have " +
-              std::to_string(p.batch));
+  require(p.parameters.size() == wanted,
+          "parameters holds " + std::to_string(p.parameters.size()) + " tensors, must hold " + std::to_string(wanted));
+  require(
+      c.num_sdtm == 0 || p.sparse_layout.batch == p.batch,
+      "sparse_layout has " + std::to_string(p.sparse_layout.batch) + " samples, must have " + std::to_string(p.batch));
   require(p.t || p.timestep_features, "t and timestep_features are both missing");
 }
 
@@ -291,10 +335,10 @@ int64_t backward_bytes(const ModelForward& p, const Walk& walk) {
   const auto& c = p.config;
   const int64_t rows = p.batch * c.dense_grid().tokens();
   const int64_t values = c.patch_size * c.patch_size;
-  int64_t temporary = std::max(
-      {patch_embed_backward_workspace_bytes(rows, c.hidden, c.in_channels * values, p.dtype),
-       condition_workspace_bytes(p.batch, c.hidden, c.timestep_features, p.dtype),
-       final_layer_workspace_bytes(p.batch, rows, c.hidden, c.out_channels * values, p.dtype)});
+  int64_t temporary =
+      std::max({patch_embed_backward_workspace_bytes(rows, c.hidden, c.in_channels * values, p.dtype),
+                condition_workspace_bytes(p.batch, c.hidden, c.timestep_features, p.dtype),
+                final_layer_workspace_bytes(p.batch, rows, c.hidden, c.out_channels * values, p.dtype)});
   for (const BlockCall& call : walk.calls) temporary = std::max(temporary, block_backward_workspace_bytes(call.shape));
   return arena.used() + temporary;
 }
@@ -342,10 +386,9 @@ int64_t model_macs(const Config& c, Grid sparse) {
   const int64_t cross = 2 * n * m * h;
   const int64_t generation = (2 * m + 2 * n) * h * h + cross + mlp(m);
   const int64_t recovery = (m + n) * h * h + (2 * n + 2 * m) * h * h + cross + mlp(n);
-  const int64_t module = c.generation_blocks * generation + c.sparse_blocks * self(m) +
-                         c.recovery_blocks * recovery + c.dense_blocks * self(n);
-  const int64_t ends = n * h * values * (c.in_channels + c.out_channels) + 2 * h * h +
-                       (c.timestep_features + h) * h;
+  const int64_t module = c.generation_blocks * generation + c.sparse_blocks * self(m) + c.recovery_blocks * recovery +
+                         c.dense_blocks * self(n);
+  const int64_t ends = n * h * values * (c.in_channels + c.out_channels) + 2 * h * h + (c.timestep_features + h) * h;
   return ends + c.num_pooling_blocks * pooling + c.num_sdtm * module + c.num_dense_blocks * self(n);
 }
 

@@ -57,8 +57,8 @@ DensitySchedule::DensitySchedule(std::vector<Grid> grids, std::vector<int64_t> b
   require(!grids_.empty(), "grids is empty, must hold at least one grid");
   require(num_timesteps_ >= 1, "num_timesteps is " + std::to_string(num_timesteps_) + ", must be at least 1");
   require(static_cast<int64_t>(grids_.size()) <= num_timesteps_,
-          "grids holds " + std::to_string(grids_.size()) + " grids, at most num_timesteps = " +
-              std::to_string(num_timesteps_) + " are allowed");
+          "grids holds " + std::to_string(grids_.size()) +
+              " grids, at most num_timesteps = " + std::to_string(num_timesteps_) + " are allowed");
   require(begins_.size() == grids_.size(), "begins holds " + std::to_string(begins_.size()) +
                                                " timesteps, must hold one for each of the " +
                                                std::to_string(grids_.size()) + " grids");
@@ -122,8 +122,7 @@ DensitySchedule DensitySchedule::continuous(double r_min, double r_max, Grid den
   std::vector<Grid> grids;
   std::vector<int64_t> begins;
   for (int64_t t = 0; t < num_timesteps; ++t) {
-    const Grid grid =
-        grid_at_pruning_rate(pruning_rate_at(static_cast<double>(t), r_min, r_max, num_timesteps), dense);
+    const Grid grid = grid_at_pruning_rate(pruning_rate_at(static_cast<double>(t), r_min, r_max, num_timesteps), dense);
     if (!grids.empty() && grid == grids.back()) continue;
     grids.push_back(grid);
     begins.push_back(t);

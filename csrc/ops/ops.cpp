@@ -12,10 +12,14 @@ namespace flexdit {
 
 const char* name_of(DType dtype) {
   switch (dtype) {
-    case DType::float32: return "float32";
-    case DType::bfloat16: return "bfloat16";
-    case DType::float16: return "float16";
-    case DType::float64: return "float64";
+    case DType::float32:
+      return "float32";
+    case DType::bfloat16:
+      return "bfloat16";
+    case DType::float16:
+      return "float16";
+    case DType::float64:
+      return "float64";
   }
   return "unknown";
 }
@@ -41,15 +45,15 @@ class Checker {
     if (!condition) throw ArgumentError(std::string(op_) + ": " + message);
   }
   void accumulation(const char* field, const Matrix& m, int64_t rows, int64_t cols) {
-    holds(m.dtype == accumulation_type(dtype_), std::string(field) + " is " + name_of(m.dtype) + ", must be " +
-                                                    name_of(accumulation_type(dtype_)));
-    holds(m.rows >= rows && m.cols == cols, std::string(field) + " is " + shape_text(m.rows, m.cols) + ", must be " +
-                                                shape_text(rows, cols));
+    holds(m.dtype == accumulation_type(dtype_),
+          std::string(field) + " is " + name_of(m.dtype) + ", must be " + name_of(accumulation_type(dtype_)));
+    holds(m.rows >= rows && m.cols == cols,
+          std::string(field) + " is " + shape_text(m.rows, m.cols) + ", must be " + shape_text(rows, cols));
   }
   void layout(const char* field, const TokenLayout& layout, int64_t batch) const {
     holds(layout.table != nullptr, std::string(field) + " is missing");
-    holds(layout.batch == batch, std::string(field) + " has " + std::to_string(layout.batch) +
-                                     " samples, must have " + std::to_string(batch));
+    holds(layout.batch == batch,
+          std::string(field) + " has " + std::to_string(layout.batch) + " samples, must have " + std::to_string(batch));
   }
   void nonzero(const char* field, const void* pointer) const {
     holds(pointer != nullptr, std::string(field) + " is missing");
@@ -90,9 +94,9 @@ void check_exchange(Checker& check, const TokenLayout& dense, const TokenLayout&
     const Grid &g = dense.grid(b), &s = sparse.grid(b);
     check.holds(s.frames <= g.frames && s.height <= g.height && s.width <= g.width,
                 "sparse grid of sample " + std::to_string(b) + " is larger than its dense grid");
-    check.holds(!position || g.tokens() == position.rows,
-                "position has " + std::to_string(position.rows) + " rows, sample " + std::to_string(b) + " has " +
-                    std::to_string(g.tokens()) + " tokens");
+    check.holds(!position || g.tokens() == position.rows, "position has " + std::to_string(position.rows) +
+                                                              " rows, sample " + std::to_string(b) + " has " +
+                                                              std::to_string(g.tokens()) + " tokens");
   }
 }
 
@@ -276,9 +280,9 @@ void check_attention(Checker& check, const Attention& p) {
   check.tokens("k", p.k, rows_k, p.q.cols);
   check.tokens("v", p.v, rows_k, p.q.cols);
   check.tokens("out", p.out, rows_q, p.q.cols);
-  check.holds(p.num_heads >= 1 && p.q.cols % p.num_heads == 0,
-              "num_heads is " + std::to_string(p.num_heads) + ", must divide the " + std::to_string(p.q.cols) +
-                  " columns of q");
+  check.holds(p.num_heads >= 1 && p.q.cols % p.num_heads == 0, "num_heads is " + std::to_string(p.num_heads) +
+                                                                   ", must divide the " + std::to_string(p.q.cols) +
+                                                                   " columns of q");
   if (p.lse) check.accumulation("lse", p.lse, rows_q, p.num_heads);
 }
 
@@ -380,9 +384,9 @@ void label_embedding(const LabelEmbedding& p, const Execution& exec) {
   check.holds(p.labels != nullptr || p.x.rows == 0, "labels is missing");
   on_cpu(exec, "label_embedding");
   for (int64_t b = 0; b < p.x.rows; ++b)
-    check.holds(p.labels[b] >= 0 && p.labels[b] < p.table.rows,
-                "labels[" + std::to_string(b) + "] is " + std::to_string(p.labels[b]) + ", must lie in [0, " +
-                    std::to_string(p.table.rows) + ")");
+    check.holds(p.labels[b] >= 0 && p.labels[b] < p.table.rows, "labels[" + std::to_string(b) + "] is " +
+                                                                    std::to_string(p.labels[b]) + ", must lie in [0, " +
+                                                                    std::to_string(p.table.rows) + ")");
   cpu::kernels().label_embedding(p, threads_of(exec));
 }
 

@@ -15,8 +15,14 @@ BlockForward block_fields(BlockKind kind, const std::vector<Matrix>& parameters,
   p.parameters = parameters;
   if (parameters.size() < 4) throw ArgumentError("parameters holds too few tensors for a block");
   const Matrix& fc2 = parameters[parameters.size() - 2];
-  p.shape = {.kind = kind, .hidden = p.x.cols, .mlp_hidden = fc2.cols, .num_heads = num_heads,
-             .batch = p.layout.batch, .rows = p.x.rows, .other_rows = p.other.rows, .dtype = p.x.dtype};
+  p.shape = {.kind = kind,
+             .hidden = p.x.cols,
+             .mlp_hidden = fc2.cols,
+             .num_heads = num_heads,
+             .batch = p.layout.batch,
+             .rows = p.x.rows,
+             .other_rows = p.other.rows,
+             .dtype = p.x.dtype};
   return p;
 }
 
@@ -37,41 +43,41 @@ void bind_blocks(py::module_& m) {
     return py::make_tuple(block_context_bytes(shape), block_workspace_bytes(shape, false),
                           block_workspace_bytes(shape, true), block_backward_workspace_bytes(shape));
   });
-  m.def("block_forward", [](BlockKind kind, const py::sequence& parameters, int64_t num_heads, py::object x,
-                            py::object other, py::object condition, py::object position, py::object table,
-                            py::object other_table, py::object out, py::object context, py::object workspace,
-                            int threads) {
-    const auto list = matrices(parameters);
-    BlockForward p = block_fields(kind, list, num_heads, x, other, condition, table, other_table);
-    p.position = matrix(position);
-    p.out = matrix_rows(out, p.x.rows);
-    p.context = pointer<void>(context), p.workspace = pointer<void>(workspace);
-    {
-      const py::gil_scoped_release release;
-      block_forward(p, on_threads(threads));
-    }
-    clear_spare_rows(matrix(out), p.x.rows);
-  });
-  m.def("block_backward", [](BlockKind kind, const py::sequence& parameters, int64_t num_heads, py::object x,
-                             py::object other, py::object condition, py::object table, py::object other_table,
-                             py::object context, py::object grad_out, py::object grad_x, py::object grad_other,
-                             py::object grad_condition, const py::sequence& grad_parameters, py::object workspace,
-                             int threads) {
-    const auto list = matrices(parameters), grads = matrices(grad_parameters);
-    BlockBackward p;
-    static_cast<BlockForward&>(p) = block_fields(kind, list, num_heads, x, other, condition, table, other_table);
-    p.context = pointer<void>(context), p.workspace = pointer<void>(workspace);
-    p.grad_out = matrix_rows(grad_out, p.x.rows), p.grad_x = matrix_rows(grad_x, p.x.rows);
-    if (!grad_other.is_none()) p.grad_other = matrix_rows(grad_other, p.other.rows);
-    p.grad_condition = matrix(grad_condition);
-    p.grad_parameters = grads;
-    {
-      const py::gil_scoped_release release;
-      block_backward(p, on_threads(threads));
-    }
-    clear_spare_rows(matrix(grad_x), p.x.rows);
-    clear_spare_rows(matrix(grad_other), p.other.rows);
-  });
+  m.def("block_forward",
+        [](BlockKind kind, const py::sequence& parameters, int64_t num_heads, py::object x, py::object other,
+           py::object condition, py::object position, py::object table, py::object other_table, py::object out,
+           py::object context, py::object workspace, int threads) {
+          const auto list = matrices(parameters);
+          BlockForward p = block_fields(kind, list, num_heads, x, other, condition, table, other_table);
+          p.position = matrix(position);
+          p.out = matrix_rows(out, p.x.rows);
+          p.context = pointer<void>(context), p.workspace = pointer<void>(workspace);
+          {
+            const py::gil_scoped_release release;
+            block_forward(p, on_threads(threads));
+          }
+          clear_spare_rows(matrix(out), p.x.rows);
+        });
+  m.def("block_backward",
+        [](BlockKind kind, const py::sequence& parameters, int64_t num_heads, py::object x, py::object other,
+           py::object condition, py::object table, py::object other_table, py::object context, py::object grad_out,
+           py::object grad_x, py::object grad_other, py::object grad_condition, const py::sequence& grad_parameters,
+           py::object workspace, int threads) {
+          const auto list = matrices(parameters), grads = matrices(grad_parameters);
+          BlockBackward p;
+          static_cast<BlockForward&>(p) = block_fields(kind, list, num_heads, x, other, condition, table, other_table);
+          p.context = pointer<void>(context), p.workspace = pointer<void>(workspace);
+          p.grad_out = matrix_rows(grad_out, p.x.rows), p.grad_x = matrix_rows(grad_x, p.x.rows);
+          if (!grad_other.is_none()) p.grad_other = matrix_rows(grad_other, p.other.rows);
+          p.grad_condition = matrix(grad_condition);
+          p.grad_parameters = grads;
+          {
+            const py::gil_scoped_release release;
+            block_backward(p, on_threads(threads));
+          }
+          clear_spare_rows(matrix(grad_x), p.x.rows);
+          clear_spare_rows(matrix(grad_other), p.other.rows);
+        });
 }
 
 void bind_ends(py::module_& m) {
@@ -83,8 +89,12 @@ void bind_ends(py::module_& m) {
                                   py::object rows, Patches image, py::object out, py::object workspace, int threads) {
     const auto list = matrices(parameters);
     image.image = pointer<void>(out), image.rows = matrix(rows);
-    const FinalLayerForward p{.parameters = list, .layout = layout(table), .x = matrix(x),
-                              .condition = matrix(condition), .out = image.rows, .workspace = pointer<void>(workspace)};
+    const FinalLayerForward p{.parameters = list,
+                              .layout = layout(table),
+                              .x = matrix(x),
+                              .condition = matrix(condition),
+                              .out = image.rows,
+                              .workspace = pointer<void>(workspace)};
     const py::gil_scoped_release release;
     final_layer_forward(p, on_threads(threads));
     unpatchify(image, on_threads(threads));
@@ -111,8 +121,11 @@ void bind_ends(py::module_& m) {
   m.def("condition_forward", [](const py::sequence& parameters, py::object features, py::object labels, py::object out,
                                 py::object workspace, int threads) {
     const auto list = matrices(parameters);
-    const ConditionForward p{.parameters = list, .features = matrix(features), .labels = pointer<int64_t>(labels),
-                             .out = matrix(out), .workspace = pointer<void>(workspace)};
+    const ConditionForward p{.parameters = list,
+                             .features = matrix(features),
+                             .labels = pointer<int64_t>(labels),
+                             .out = matrix(out),
+                             .workspace = pointer<void>(workspace)};
     const py::gil_scoped_release release;
     condition_forward(p, on_threads(threads));
   });
@@ -128,11 +141,15 @@ void bind_ends(py::module_& m) {
           condition_backward(p, on_threads(threads));
         });
   py::class_<Patches>(m, "Patches")
-      .def(py::init([](int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t patch,
-                       bool channels_last) {
-             return Patches{.batch = batch, .channels = channels, .height = height, .width = width, .patch = patch,
-                            .channels_last = channels_last};
-           }),
+      .def(py::init(
+               [](int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t patch, bool channels_last) {
+                 return Patches{.batch = batch,
+                                .channels = channels,
+                                .height = height,
+                                .width = width,
+                                .patch = patch,
+                                .channels_last = channels_last};
+               }),
            py::arg("batch"), py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("patch"),
            py::arg("channels_last"));
   m.def("patch_embed_workspace", [](py::object rows, int64_t hidden) {
@@ -143,22 +160,22 @@ void bind_ends(py::module_& m) {
                                   py::object position, py::object table, py::object out, int threads) {
     const auto list = matrices(parameters);
     image.image = pointer<void>(x), image.rows = matrix(rows);
-    const PatchEmbedForward p{.parameters = list, .image = image, .position = matrix(position),
-                              .layout = layout(table), .out = matrix(out)};
+    const PatchEmbedForward p{
+        .parameters = list, .image = image, .position = matrix(position), .layout = layout(table), .out = matrix(out)};
     const py::gil_scoped_release release;
     patch_embed_forward(p, on_threads(threads));
   });
-  m.def("patch_embed_backward", [](const py::sequence& parameters, py::object rows, Patches image, py::object table,
-                                   py::object grad_out, py::object grad_x, const py::sequence& grad_parameters,
-                                   py::object workspace, int threads) {
-    const auto list = matrices(parameters), grads = matrices(grad_parameters);
-    PatchEmbedBackward p;
-    p.parameters = list, p.layout = layout(table);
-    p.image = image, p.image.image = pointer<void>(grad_x), p.image.rows = matrix(rows);
-    p.grad_out = matrix(grad_out), p.grad_parameters = grads, p.workspace = pointer<void>(workspace);
-    const py::gil_scoped_release release;
-    patch_embed_backward(p, on_threads(threads));
-  });
+  m.def("patch_embed_backward",
+        [](const py::sequence& parameters, py::object rows, Patches image, py::object table, py::object grad_out,
+           py::object grad_x, const py::sequence& grad_parameters, py::object workspace, int threads) {
+          const auto list = matrices(parameters), grads = matrices(grad_parameters);
+          PatchEmbedBackward p;
+          p.parameters = list, p.layout = layout(table);
+          p.image = image, p.image.image = pointer<void>(grad_x), p.image.rows = matrix(rows);
+          p.grad_out = matrix(grad_out), p.grad_parameters = grads, p.workspace = pointer<void>(workspace);
+          const py::gil_scoped_release release;
+          patch_embed_backward(p, on_threads(threads));
+        });
 }
 
 ModelForward model_fields(const Config& config, const std::vector<Matrix>& parameters, py::handle x, py::handle t,
@@ -214,18 +231,18 @@ void bind_whole_model(py::module_& m) {
     const py::gil_scoped_release release;
     model_forward(p, on_threads(threads));
   });
-  m.def("model_backward", [](const Config& config, const py::sequence& parameters, py::object x, py::object t,
-                             py::object features, py::object labels, py::object sparse, py::object context,
-                             py::object grad_out, py::object grad_x, const py::sequence& grad_parameters,
-                             py::object workspace, int threads) {
-    const auto list = matrices(parameters), grads = matrices(grad_parameters);
-    ModelBackward p;
-    static_cast<ModelForward&>(p) = model_fields(config, list, x, t, features, labels, sparse);
-    p.context = pointer<void>(context), p.workspace = pointer<void>(workspace);
-    p.grad_out = pointer<void>(grad_out), p.grad_x = pointer<void>(grad_x), p.grad_parameters = grads;
-    const py::gil_scoped_release release;
-    model_backward(p, on_threads(threads));
-  });
+  m.def("model_backward",
+        [](const Config& config, const py::sequence& parameters, py::object x, py::object t, py::object features,
+           py::object labels, py::object sparse, py::object context, py::object grad_out, py::object grad_x,
+           const py::sequence& grad_parameters, py::object workspace, int threads) {
+          const auto list = matrices(parameters), grads = matrices(grad_parameters);
+          ModelBackward p;
+          static_cast<ModelForward&>(p) = model_fields(config, list, x, t, features, labels, sparse);
+          p.context = pointer<void>(context), p.workspace = pointer<void>(workspace);
+          p.grad_out = pointer<void>(grad_out), p.grad_x = pointer<void>(grad_x), p.grad_parameters = grads;
+          const py::gil_scoped_release release;
+          model_backward(p, on_threads(threads));
+        });
 }
 
 }  // namespace

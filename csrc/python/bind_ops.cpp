@@ -12,22 +12,30 @@ void run(void (*op)(const Parameters&, const Execution&), const Parameters& p, i
 }
 
 void bind_norm(py::module_& m) {
-  m.def(
-      "modulated_layer_norm",
-      [](py::object x, py::object shift, py::object scale, py::object table, double eps, py::object y, int threads) {
-        run(modulated_layer_norm,
-            ModulatedLayerNorm{.x = matrix(x), .shift = matrix(shift), .scale = matrix(scale), .layout = layout(table),
-                               .y = matrix(y), .eps = eps},
-            threads);
-        clear_spare_rows(matrix(y), layout(table).total());
-      });
+  m.def("modulated_layer_norm",
+        [](py::object x, py::object shift, py::object scale, py::object table, double eps, py::object y, int threads) {
+          run(modulated_layer_norm,
+              ModulatedLayerNorm{.x = matrix(x),
+                                 .shift = matrix(shift),
+                                 .scale = matrix(scale),
+                                 .layout = layout(table),
+                                 .y = matrix(y),
+                                 .eps = eps},
+              threads);
+          clear_spare_rows(matrix(y), layout(table).total());
+        });
   m.def("modulated_layer_norm_backward",
         [](py::object x, py::object scale, py::object table, double eps, py::object grad_y, py::object grad_x,
            py::object grad_shift, py::object grad_scale, py::object workspace, int threads) {
           run(modulated_layer_norm_backward,
-              ModulatedLayerNormBackward{.x = matrix(x), .scale = matrix(scale), .layout = layout(table),
-                                         .grad_y = matrix(grad_y), .grad_x = matrix(grad_x),
-                                         .grad_shift = matrix(grad_shift), .grad_scale = matrix(grad_scale), .eps = eps,
+              ModulatedLayerNormBackward{.x = matrix(x),
+                                         .scale = matrix(scale),
+                                         .layout = layout(table),
+                                         .grad_y = matrix(grad_y),
+                                         .grad_x = matrix(grad_x),
+                                         .grad_shift = matrix(grad_shift),
+                                         .grad_scale = matrix(grad_scale),
+                                         .eps = eps,
                                          .workspace = pointer<void>(workspace)},
               threads);
           clear_spare_rows(matrix(grad_x), layout(table).total());
@@ -35,54 +43,72 @@ void bind_norm(py::module_& m) {
   m.def("gated_residual",
         [](py::object x, py::object y, py::object gate, py::object table, py::object out, int threads) {
           run(gated_residual,
-              GatedResidual{.x = matrix(x), .y = matrix(y), .gate = matrix(gate), .layout = layout(table),
-                            .out = matrix(out)},
+              GatedResidual{
+                  .x = matrix(x), .y = matrix(y), .gate = matrix(gate), .layout = layout(table), .out = matrix(out)},
               threads);
           clear_spare_rows(matrix(out), layout(table).total());
         });
   m.def("gated_residual_backward", [](py::object y, py::object gate, py::object table, py::object grad_out,
                                       py::object grad_y, py::object grad_gate, int threads) {
     run(gated_residual_backward,
-        GatedResidualBackward{.y = matrix(y), .gate = matrix(gate), .layout = layout(table),
-                              .grad_out = matrix(grad_out), .grad_y = matrix(grad_y), .grad_gate = matrix(grad_gate)},
+        GatedResidualBackward{.y = matrix(y),
+                              .gate = matrix(gate),
+                              .layout = layout(table),
+                              .grad_out = matrix(grad_out),
+                              .grad_y = matrix(grad_y),
+                              .grad_gate = matrix(grad_gate)},
         threads);
     clear_spare_rows(matrix(grad_y), layout(table).total());
   });
   m.def("modulated_mean", [](py::object x, py::object shift, py::object scale, py::object table, double eps,
                              py::object mean, py::object workspace, int threads) {
     run(modulated_mean,
-        ModulatedMean{.x = matrix(x), .shift = matrix(shift), .scale = matrix(scale), .layout = layout(table),
-                      .mean = matrix(mean), .eps = eps, .workspace = pointer<void>(workspace)},
+        ModulatedMean{.x = matrix(x),
+                      .shift = matrix(shift),
+                      .scale = matrix(scale),
+                      .layout = layout(table),
+                      .mean = matrix(mean),
+                      .eps = eps,
+                      .workspace = pointer<void>(workspace)},
         threads);
   });
   m.def("modulated_mean_backward",
         [](py::object x, py::object scale, py::object table, double eps, py::object grad_mean, py::object grad_x,
            py::object grad_shift, py::object grad_scale, py::object workspace, int threads) {
           run(modulated_mean_backward,
-              ModulatedMeanBackward{.x = matrix(x), .scale = matrix(scale), .layout = layout(table),
-                                    .grad_mean = matrix(grad_mean), .grad_x = matrix(grad_x),
-                                    .grad_shift = matrix(grad_shift), .grad_scale = matrix(grad_scale), .eps = eps,
+              ModulatedMeanBackward{.x = matrix(x),
+                                    .scale = matrix(scale),
+                                    .layout = layout(table),
+                                    .grad_mean = matrix(grad_mean),
+                                    .grad_x = matrix(grad_x),
+                                    .grad_shift = matrix(grad_shift),
+                                    .grad_scale = matrix(grad_scale),
+                                    .eps = eps,
                                     .workspace = pointer<void>(workspace)},
               threads);
           clear_spare_rows(matrix(grad_x), layout(table).total());
         });
-  m.def("row_statistics_workspace",
-        [](py::object x) { return row_statistics_workspace(dtype_of(x), matrix(x).rows); });
+  m.def("row_statistics_workspace", [](py::object x) { return row_statistics_workspace(dtype_of(x), matrix(x).rows); });
 }
 
 void bind_tokens(py::module_& m) {
   m.def("pool_tokens",
         [](py::object x, py::object position, py::object table, py::object sparse, py::object out, int threads) {
           run(pool_tokens,
-              PoolTokens{.x = matrix(x), .position = matrix(position), .layout = layout(table),
-                         .sparse_layout = layout(sparse), .out = matrix(out)},
+              PoolTokens{.x = matrix(x),
+                         .position = matrix(position),
+                         .layout = layout(table),
+                         .sparse_layout = layout(sparse),
+                         .out = matrix(out)},
               threads);
           clear_spare_rows(matrix(out), layout(sparse).total());
         });
   m.def("pool_tokens_backward",
         [](py::object table, py::object sparse, py::object grad_out, py::object grad_x, int threads) {
           run(pool_tokens_backward,
-              PoolTokensBackward{.layout = layout(table), .sparse_layout = layout(sparse), .grad_out = matrix(grad_out),
+              PoolTokensBackward{.layout = layout(table),
+                                 .sparse_layout = layout(sparse),
+                                 .grad_out = matrix(grad_out),
                                  .grad_x = matrix(grad_x)},
               threads);
           clear_spare_rows(matrix(grad_x), layout(table).total());
@@ -90,7 +116,10 @@ void bind_tokens(py::module_& m) {
   m.def("gather_sparse",
         [](py::object s, py::object x, py::object table, py::object sparse, py::object out, int threads) {
           run(gather_sparse,
-              GatherSparse{.s = matrix(s), .x = matrix(x), .layout = layout(table), .sparse_layout = layout(sparse),
+              GatherSparse{.s = matrix(s),
+                           .x = matrix(x),
+                           .layout = layout(table),
+                           .sparse_layout = layout(sparse),
                            .out = matrix(out)},
               threads);
           clear_spare_rows(matrix(out), layout(table).total());
@@ -98,16 +127,18 @@ void bind_tokens(py::module_& m) {
   m.def("gather_sparse_backward",
         [](py::object table, py::object sparse, py::object grad_out, py::object grad_s, int threads) {
           run(gather_sparse_backward,
-              GatherSparseBackward{.layout = layout(table), .sparse_layout = layout(sparse),
-                                   .grad_out = matrix(grad_out), .grad_s = matrix(grad_s)},
+              GatherSparseBackward{.layout = layout(table),
+                                   .sparse_layout = layout(sparse),
+                                   .grad_out = matrix(grad_out),
+                                   .grad_s = matrix(grad_s)},
               threads);
           clear_spare_rows(matrix(grad_s), layout(sparse).total());
         });
   m.def("select_tokens", [](py::object t, const DensitySchedule& schedule, py::object table, int threads) {
     const auto count = t.attr("shape").cast<std::vector<int64_t>>().at(0);
     run(select_tokens,
-        SelectTokens{.t = pointer<const double>(t), .batch = count, .schedule = &schedule,
-                     .table = pointer<LayoutRow>(table)},
+        SelectTokens{
+            .t = pointer<const double>(t), .batch = count, .schedule = &schedule, .table = pointer<LayoutRow>(table)},
         threads);
   });
 }
@@ -116,41 +147,49 @@ void bind_attention(py::module_& m) {
   m.def("attention", [](py::object q, py::object k, py::object v, int64_t num_heads, py::object table_q,
                         py::object table_k, py::object out, py::object lse, int threads) {
     run(attention,
-        Attention{.q = matrix(q), .k = matrix(k), .v = matrix(v), .layout_q = layout(table_q),
-                  .layout_k = layout(table_k), .num_heads = num_heads, .out = matrix(out), .lse = matrix(lse)},
+        Attention{.q = matrix(q),
+                  .k = matrix(k),
+                  .v = matrix(v),
+                  .layout_q = layout(table_q),
+                  .layout_k = layout(table_k),
+                  .num_heads = num_heads,
+                  .out = matrix(out),
+                  .lse = matrix(lse)},
         threads);
     clear_spare_rows(matrix(out), layout(table_q).total());
     clear_spare_rows(matrix(lse), layout(table_q).total());
   });
-  m.def("attention_backward",
-        [](py::object q, py::object k, py::object v, int64_t num_heads, py::object table_q, py::object table_k,
-           py::object out, py::object lse, py::object grad_out, py::object grad_q, py::object grad_k, py::object grad_v,
-           int threads) {
-          AttentionBackward p;
-          p.q = matrix(q), p.k = matrix(k), p.v = matrix(v), p.out = matrix(out), p.lse = matrix(lse);
-          p.layout_q = layout(table_q), p.layout_k = layout(table_k), p.num_heads = num_heads;
-          p.grad_out = matrix(grad_out);
-          p.grad_q = matrix(grad_q), p.grad_k = matrix(grad_k), p.grad_v = matrix(grad_v);
-          run(attention_backward, p, threads);
-          clear_spare_rows(p.grad_q, p.layout_q.total());
-          clear_spare_rows(p.grad_k, p.layout_k.total());
-          clear_spare_rows(p.grad_v, p.layout_k.total());
-        });
+  m.def("attention_backward", [](py::object q, py::object k, py::object v, int64_t num_heads, py::object table_q,
+                                 py::object table_k, py::object out, py::object lse, py::object grad_out,
+                                 py::object grad_q, py::object grad_k, py::object grad_v, int threads) {
+    AttentionBackward p;
+    p.q = matrix(q), p.k = matrix(k), p.v = matrix(v), p.out = matrix(out), p.lse = matrix(lse);
+    p.layout_q = layout(table_q), p.layout_k = layout(table_k), p.num_heads = num_heads;
+    p.grad_out = matrix(grad_out);
+    p.grad_q = matrix(grad_q), p.grad_k = matrix(grad_k), p.grad_v = matrix(grad_v);
+    run(attention_backward, p, threads);
+    clear_spare_rows(p.grad_q, p.layout_q.total());
+    clear_spare_rows(p.grad_k, p.layout_k.total());
+    clear_spare_rows(p.grad_v, p.layout_k.total());
+  });
 }
 
 void bind_linear(py::module_& m) {
   m.def("linear", [](py::object x, py::object weight, py::object bias, py::object y, int threads) {
     run(linear, Linear{.x = matrix(x), .weight = matrix(weight), .bias = matrix(bias), .y = matrix(y)}, threads);
   });
-  m.def("linear_backward",
-        [](py::object x, py::object weight, py::object grad_y, py::object grad_x, py::object grad_weight,
-           py::object grad_bias, py::object workspace, int threads) {
-          run(linear_backward,
-              LinearBackward{.x = matrix(x), .weight = matrix(weight), .grad_y = matrix(grad_y),
-                             .grad_x = matrix(grad_x), .grad_weight = matrix(grad_weight),
-                             .grad_bias = matrix(grad_bias), .workspace = pointer<void>(workspace)},
-              threads);
-        });
+  m.def("linear_backward", [](py::object x, py::object weight, py::object grad_y, py::object grad_x,
+                              py::object grad_weight, py::object grad_bias, py::object workspace, int threads) {
+    run(linear_backward,
+        LinearBackward{.x = matrix(x),
+                       .weight = matrix(weight),
+                       .grad_y = matrix(grad_y),
+                       .grad_x = matrix(grad_x),
+                       .grad_weight = matrix(grad_weight),
+                       .grad_bias = matrix(grad_bias),
+                       .workspace = pointer<void>(workspace)},
+        threads);
+  });
   m.def("linear_backward_workspace", [](py::object weight) {
     const Matrix w = matrix(weight);
     return linear_backward_workspace(w.dtype, w.rows, w.cols);

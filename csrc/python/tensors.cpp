@@ -37,7 +37,8 @@ Matrix matrix(py::handle tensor) {
   m.stride = shape.size() < 2 ? m.cols : strides[0];
   int64_t expected = 1;  // everything behind the first dimension must be contiguous
   for (size_t i = shape.size(); i-- > (shape.size() < 2 ? 0 : 1);) {
-    if (shape[i] > 1 && strides[i] != expected) throw ArgumentError("tensor is not contiguous behind its first dimension");
+    if (shape[i] > 1 && strides[i] != expected)
+      throw ArgumentError("tensor is not contiguous behind its first dimension");
     expected *= shape[i];
   }
   if (m.rows <= 1) m.stride = std::max(m.stride, m.cols);

@@ -41,14 +41,14 @@ struct BlockShape {
 struct BlockForward {
   BlockShape shape;
   std::span<const Matrix> parameters;
-  TokenLayout layout;        // of x
-  TokenLayout other_layout;  // of other
-  Matrix x;                  // [rows, C]
-  Matrix other;              // [other_rows, C] or empty
-  Matrix condition;          // [B, C]: t_emb + y_emb
-  Matrix position;           // recovery with reinject_position: [N, C], else empty
-  Matrix out;                // [rows, C], written; must not be x
-  void* context = nullptr;   // block_context_bytes(shape) for backward, or null: nothing is kept
+  TokenLayout layout;         // of x
+  TokenLayout other_layout;   // of other
+  Matrix x;                   // [rows, C]
+  Matrix other;               // [other_rows, C] or empty
+  Matrix condition;           // [B, C]: t_emb + y_emb
+  Matrix position;            // recovery with reinject_position: [N, C], else empty
+  Matrix out;                 // [rows, C], written; must not be x
+  void* context = nullptr;    // block_context_bytes(shape) for backward, or null: nothing is kept
   void* workspace = nullptr;  // block_workspace_bytes(shape, context != nullptr)
 };
 
@@ -73,9 +73,9 @@ void block_backward(const BlockBackward& p, const Execution& exec);
 struct FinalLayerForward {
   std::span<const Matrix> parameters;
   TokenLayout layout;
-  Matrix x;          // [R, C]
-  Matrix condition;  // [B, C]
-  Matrix out;        // [R, P], written
+  Matrix x;                   // [R, C]
+  Matrix condition;           // [B, C]
+  Matrix out;                 // [R, P], written
   void* workspace = nullptr;  // final_layer_workspace_bytes
 };
 struct FinalLayerBackward : FinalLayerForward {  // out is not used
@@ -108,10 +108,10 @@ void condition_backward(const ConditionBackward& p, const Execution& exec);
 // tokens = patches W^T + b + position. Parameters: patch_embed.weight as [C, in * p * p], patch_embed.bias.
 struct PatchEmbedForward {
   std::span<const Matrix> parameters;
-  Patches image;      // rows: [R, in * p * p], written by forward, read by backward
-  Matrix position;    // [N, C]
+  Patches image;    // rows: [R, in * p * p], written by forward, read by backward
+  Matrix position;  // [N, C]
   TokenLayout layout;
-  Matrix out;         // [R, C], written
+  Matrix out;  // [R, C], written
 };
 struct PatchEmbedBackward : PatchEmbedForward {  // out is not used; image.image is the image's gradient or null
   Matrix grad_out;                               // [R, C]

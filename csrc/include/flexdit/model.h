@@ -40,18 +40,18 @@ struct ModelForward {
   std::span<const Matrix> parameters;
   DType dtype = DType::float32;
   int64_t batch = 0;
-  const void* x = nullptr;           // [B, in_channels, H, W], contiguous, of dtype
-  const double* t = nullptr;         // [B] timesteps
-  Matrix timestep_features;          // [B, F] instead of t, or empty
-  const int64_t* labels = nullptr;   // [B]
-  TokenLayout sparse_layout;         // of the samples' sparse tokens; empty without modules
-  void* out = nullptr;               // [B, out_channels, H, W], contiguous, written
-  void* context = nullptr;           // model_context_bytes, or null: nothing is kept
-  void* workspace = nullptr;         // model_workspace_bytes
+  const void* x = nullptr;          // [B, in_channels, H, W], contiguous, of dtype
+  const double* t = nullptr;        // [B] timesteps
+  Matrix timestep_features;         // [B, F] instead of t, or empty
+  const int64_t* labels = nullptr;  // [B]
+  TokenLayout sparse_layout;        // of the samples' sparse tokens; empty without modules
+  void* out = nullptr;              // [B, out_channels, H, W], contiguous, written
+  void* context = nullptr;          // model_context_bytes, or null: nothing is kept
+  void* workspace = nullptr;        // model_workspace_bytes
 };
-struct ModelBackward : ModelForward {  // out is not used, context is read
-  const void* grad_out = nullptr;      // [B, out_channels, H, W], contiguous
-  void* grad_x = nullptr;              // [B, in_channels, H, W], contiguous, written, or null
+struct ModelBackward : ModelForward {       // out is not used, context is read
+  const void* grad_out = nullptr;           // [B, out_channels, H, W], contiguous
+  void* grad_x = nullptr;                   // [B, in_channels, H, W], contiguous, written, or null
   std::span<const Matrix> grad_parameters;  // written; an empty view is not computed
 };
 

@@ -10,9 +10,7 @@ namespace flexdit {
 enum class DType : uint8_t { float32, bfloat16, float16, float64 };
 enum class Device : uint8_t { cpu, cuda };
 
-constexpr int64_t size_of(DType dtype) {
-  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
-}
+constexpr int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 // Statistics, softmax and sums are kept in float32, for float64 storage in float64.
 constexpr DType accumulation_type(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
 const char* name_of(DType dtype);
