@@ -1,0 +1,116 @@
+"""Puts the newest results into README.md: tables between <!-- NAME --> markers, and the speed plot.
+
+python bench/readme.py [--demo out]     # --demo first keeps the report and the picture of a `make demo` run
+python bench/readme.py --check          # exit 1 if README.md does not show bench/results/
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from harness import RESULTS, table
+
+README = RESULTS.parents[1] / "README.md"
+MISSING = "not measured yet\n"
+
+
+def cpu_section() -> str:
+    path = RESULTS / "cpu_model.md"
+    return path.read_text() if path.exists() else MISSING
+
+
+def demo_section() -> str:
+    path = RESULTS / "digits.json"
+    if not path.exists():
+        return MISSING
+    report = json.loads(path.read_text())
+    rows = []
+    for name, key in (("dense DiT", "dense"), ("FlexDiT", "flexdit")):
+        values = report[key]
+        rows.append(
+            [
+                name,
+                f"{values['macs'] / 1e6:.1f} M",
+                f"{values['images_per_s']:.0f}",
+                f"{100 * values['accuracy']:.1f}%",
+                f"{values['frechet']:.1f}",
+            ]
+        )
+    rows.append(
+        [
+            "held-out real digits",
+            "",
+            "",
+            f"{100 * report['held_out']['accuracy']:.1f}%",
+            f"{report['held_out']['frechet']:.1f}",
+        ]
+    )
+    headers = ["", "MACs / image and step", "images/s", "classifier agrees", "Fréchet distance"]
+    return f"{report['hardware']}, {report['date']}, seed {report['seed']}.\n\n" + table(headers, rows)
+
+
+def gpu_section() -> str:
+    return MISSING
+
+
+SECTIONS = {"cpu_model": cpu_section, "digits": demo_section, "gpu": gpu_section}
+
+
+def filled(readme: str) -> str:
+    for name, section in SECTIONS.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+        if not re.search(pattern, readme, flags=re.DOTALL):
+            raise ValueError(f"README.md has no <!-- {name} --> section")
+        text = "\n" + section().strip() + "\n\n"
+        readme = re.sub(pattern, lambda match, text=text: match[1] + text + match[2], readme, flags=re.DOTALL)
+    return readme
+
+
+def plot() -> None:
+    """Bars of the medians of cpu_model.json, one panel per row."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    result = json.loads((RESULTS / "cpu_model.json").read_text())
+    figure, panels = plt.subplots(len(result["rows"]), 1, figsize=(7.5, 1.7 * len(result["rows"])), squeeze=False)
+    for panel, (title, contenders) in zip(panels[:, 0], result["rows"].items()):
+        names = list(contenders)[::-1]
+        values = [contenders[name]["median_ms"] for name in names]
+        colors = ["tab:green" if name == "flexdit_ext" else "lightgray" for name in names]
+        bars = panel.barh(names, values, color=colors)
+        panel.bar_label(bars, [f" {value:.0f} ms" for value in values])
+        panel.set_title(title, loc="left", fontsize=10)
+        panel.margins(x=0.15)
+        panel.spines[["top", "right", "bottom"]].set_visible(False)
+        panel.set_xticks([])
+    figure.tight_layout()
+    figure.savefig(RESULTS / "cpu_model.png", dpi=120)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--demo", type=Path, help="folder that `make demo` wrote")
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.demo:
+        for source, name in (("report.json", "digits.json"), ("samples.png", "digits.png")):
+            shutil.copy(arguments.demo / source, RESULTS / name)
+    before = README.read_text()
+    after = filled(before)
+    if arguments.check:
+        return int(before != after)
+    if (RESULTS / "cpu_model.json").exists():
+        plot()
+    README.write_text(after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

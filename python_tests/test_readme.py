@@ -1,0 +1,42 @@
+"""The README's promises that can be run: its Python, its C++ against the example, its tables against bench/results."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_block_runs(code):
+    scope = {}
+    exec(compile(code, "README.md", "exec"), scope)
+    assert scope["latents"].shape == (3, 4, 16, 16)
+
+
+def test_cpp_block_is_the_example():
+    def squeezed(text):  # comments and line breaks may differ
+        return re.sub(r"\s+", "", re.sub(r"//[^\n]*|/\*.*?\*/", "", text))
+
+    (block,) = blocks("cpp")
+    assert squeezed(block) in squeezed((ROOT / "examples/cpp/forward.cpp").read_text())
+
+
+def test_tables_show_the_committed_results():
+    result = subprocess.run([sys.executable, "bench/readme.py", "--check"], cwd=ROOT)
+    assert result.returncode == 0, "README.md is older than bench/results: run bench/readme.py"
+
+
+def test_info_names_what_was_built():
+    output = subprocess.run(
+        [sys.executable, "-m", "flexdit_ext", "info"], capture_output=True, text=True, check=True
+    ).stdout
+    for word in ("oneDNN", "instruction set", "threads", "CUDA backend"):
+        assert word in output
