@@ -54,9 +54,17 @@ std::string message_of(Body&& body) {
 
 #define CHECK(holds) check::report((holds), __FILE__, __LINE__, #holds)
 #define CHECK_NOTE(holds, ...) check::report((holds), __FILE__, __LINE__, check::text(#holds ": ", __VA_ARGS__))
-#define CHECK_EQ(a, b) CHECK_NOTE((a) == (b), #a " = ", (a), ", " #b " = ", (b))
-#define CHECK_NEAR(a, b, tolerance) \
-  CHECK_NOTE(std::abs((a) - (b)) <= (tolerance), #a " = ", (a), ", " #b " = ", (b), ", tolerance ", (tolerance))
+#define CHECK_EQ(a, b)                                                                             \
+  [&](const auto& left, const auto& right) {                                                       \
+    return check::report(left == right, __FILE__, __LINE__,                                        \
+                         check::text(#a " = ", left, ", must be " #b " = ", right));               \
+  }((a), (b))
+// NaN is near nothing.
+#define CHECK_NEAR(a, b, tolerance)                                                                                    \
+  [&](double left, double right, double most) {                                                                        \
+    return check::report(std::abs(left - right) <= most, __FILE__, __LINE__,                                           \
+                         check::text(#a " = ", left, ", must be " #b " = ", right, " within ", most));                 \
+  }((a), (b), (tolerance))
 #define TEST_CASE(name)                                \
   static void name();                                  \
   static const check::Register register_##name{#name, name}; \

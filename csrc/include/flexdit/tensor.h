@@ -20,6 +20,11 @@ struct ArgumentError : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
 
+// A device or one of its libraries refused; the message has the operation, its sizes and the device's words.
+struct DeviceError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 // A row-major matrix whose rows may lie apart: element (i, j) is data[i * stride + j].
 struct Matrix {
   void* data = nullptr;
