@@ -1,14 +1,23 @@
-// The switch between devices. This build has one: the CPU.
+// The switch between devices. FLEXDIT_CUDA says whether this build has the CUDA kernels.
 #pragma once
 
-#include <string>
+#include <omp.h>
 
-#include "flexdit/tensor.h"
+#include "cpu/kernels.h"
+#include "cuda/kernels.h"
 
 namespace flexdit {
 
-inline void on_cpu(const Execution& exec, const char* op) {
-  if (exec.device != Device::cpu) throw ArgumentError(std::string(op) + ": this build of flexdit has no CUDA backend");
-}
+inline int threads_of(const Execution& exec) { return exec.threads > 0 ? exec.threads : omp_get_max_threads(); }
+
+// Calls one of two functions with `p` on `exec`; without CUDA kernels the second does not exist, and the checks before
+// have refused the device.
+#ifdef FLEXDIT_CUDA
+constexpr bool kHasCuda = true;
+#define FLEXDIT_RUN(on_cpu, on_cuda) exec.device == Device::cpu ? on_cpu(p, threads_of(exec)) : on_cuda(p, exec)
+#else
+constexpr bool kHasCuda = false;
+#define FLEXDIT_RUN(on_cpu, on_cuda) on_cpu(p, threads_of(exec))
+#endif
 
 }  // namespace flexdit

@@ -1,11 +1,9 @@
-// Every operation: check the views, then switch to the device.
+// Every operation: check the views, then switch to the device. Checks read layout tables, labels and timesteps on the
+// CPU only; on a GPU they lie in its memory.
 #include "flexdit/ops.h"
-
-#include <omp.h>
 
 #include <string>
 
-#include "cpu/kernels.h"
 #include "ops/device.h"
 
 namespace flexdit {
@@ -33,7 +31,16 @@ std::string shape_text(int64_t rows, int64_t cols) {
 // Checks the fields of one operation; the first one fixes the dtype that all must have.
 class Checker {
  public:
-  explicit Checker(const char* op) : op_(op) {}
+  Checker(const char* op, const Execution& exec) : op_(op), on_cpu_(exec.device == Device::cpu) {
+    holds(
+        on_cpu_ || kHasCuda,
+        "this build of flexdit has no CUDA backend: build it where nvcc is found, or with FLEXDIT_CUDA=ON to see why");
+  }
+  bool on_cpu() const { return on_cpu_; }
+
+  // The rows that a layout packs. Only the device may read a table that lies there: then `first`, one of the views
+  // with these rows, says how many there can be.
+  int64_t rows(const TokenLayout& layout, const Matrix& first) const { return on_cpu_ ? layout.total() : first.rows; }
 
   void matrix(const char* field, const Matrix& m, int64_t rows, int64_t cols) { view(field, m, rows, cols, false); }
   // At least `rows` rows: buffers of packed tokens may have spare ones at the end.
@@ -55,6 +62,12 @@ class Checker {
     holds(layout.batch == batch,
           std::string(field) + " has " + std::to_string(layout.batch) + " samples, must have " + std::to_string(batch));
   }
+  // A token is kept in a warp's registers there.
+  void columns(int64_t cols) const {
+    holds(on_cpu_ || cols <= cuda::kMaxColumns, "rows have " + std::to_string(cols) +
+                                                    " columns, the CUDA backend takes at most " +
+                                                    std::to_string(cuda::kMaxColumns));
+  }
   void nonzero(const char* field, const void* pointer) const {
     holds(pointer != nullptr, std::string(field) + " is missing");
   }
@@ -71,10 +84,13 @@ class Checker {
       holds(m.dtype == dtype_, std::string(field) + " is " + name_of(m.dtype) + ", must be " + name_of(dtype_));
     typed_ = true;
     dtype_ = m.dtype;
-    holds(dtype_ != DType::float16, std::string(field) + " is float16, which the CPU backend does not compute with");
+    const DType refused = on_cpu_ ? DType::float16 : DType::float64;
+    holds(dtype_ != refused, std::string(field) + " is " + name_of(refused) + ", which the " +
+                                 (on_cpu_ ? "CPU" : "CUDA") + " backend does not compute with");
   }
 
   const char* op_;
+  bool on_cpu_;
   bool typed_ = false;
   DType dtype_ = DType::float32;
 };
@@ -90,7 +106,7 @@ void check_norm_fields(Checker& check, const Matrix& shift, const Matrix& scale,
 void check_exchange(Checker& check, const TokenLayout& dense, const TokenLayout& sparse, const Matrix& position) {
   check.layout("layout", dense, dense.batch);
   check.layout("sparse_layout", sparse, dense.batch);
-  for (int64_t b = 0; b < dense.batch; ++b) {
+  for (int64_t b = 0; check.on_cpu() && b < dense.batch; ++b) {
     const Grid &g = dense.grid(b), &s = sparse.grid(b);
     check.holds(s.frames <= g.frames && s.height <= g.height && s.width <= g.width,
                 "sparse grid of sample " + std::to_string(b) + " is larger than its dense grid");
@@ -100,7 +116,19 @@ void check_exchange(Checker& check, const TokenLayout& dense, const TokenLayout&
   }
 }
 
-int threads_of(const Execution& exec) { return exec.threads > 0 ? exec.threads : omp_get_max_threads(); }
+// Linear layers are oneDNN's, but for float64, which it does not have.
+void linear_on_cpu(const Linear& p, int threads) {
+  (p.x.dtype == DType::float64 ? cpu::kernels().linear_float64 : cpu::linear)(p, threads);
+}
+void linear_backward_on_cpu(const LinearBackward& p, int threads) {
+  (p.x.dtype == DType::float64 ? cpu::kernels().linear_float64_backward : cpu::linear_backward)(p, threads);
+}
+
+void select_tokens_on_cpu(const SelectTokens& p, int) {
+  std::vector<Grid> grids(static_cast<size_t>(p.batch));
+  for (int64_t b = 0; b < p.batch; ++b) grids[static_cast<size_t>(b)] = p.schedule->grid(p.t[b]);
+  fill_layout(grids, p.table);
+}
 
 }  // namespace
 
@@ -111,20 +139,16 @@ int64_t linear_backward_workspace(DType dtype, int64_t n, int64_t k) {
 int64_t row_statistics_workspace(DType dtype, int64_t rows) { return 2 * rows * size_of(accumulation_type(dtype)); }
 
 void linear(const Linear& p, const Execution& exec) {
-  Checker check("linear");
+  Checker check("linear", exec);
   check.matrix("x", p.x, p.x.rows, p.x.cols);
   check.matrix("weight", p.weight, p.weight.rows, p.x.cols);
   check.optional("bias", p.bias, 1, p.weight.rows);
   check.matrix("y", p.y, p.x.rows, p.weight.rows);
-  on_cpu(exec, "linear");
-  if (p.x.dtype == DType::float64)
-    cpu::kernels().linear_float64(p, threads_of(exec));
-  else
-    cpu::linear(p, threads_of(exec));
+  FLEXDIT_RUN(linear_on_cpu, cuda::linear);
 }
 
 void linear_backward(const LinearBackward& p, const Execution& exec) {
-  Checker check("linear_backward");
+  Checker check("linear_backward", exec);
   check.matrix("x", p.x, p.x.rows, p.x.cols);
   check.matrix("weight", p.weight, p.weight.rows, p.x.cols);
   check.matrix("grad_y", p.grad_y, p.x.rows, p.weight.rows);
@@ -132,28 +156,26 @@ void linear_backward(const LinearBackward& p, const Execution& exec) {
   check.optional("grad_weight", p.grad_weight, p.weight.rows, p.x.cols);
   check.optional("grad_bias", p.grad_bias, 1, p.weight.rows);
   if (p.grad_weight && linear_backward_workspace(p.x.dtype, 1, 1)) check.nonzero("workspace", p.workspace);
-  on_cpu(exec, "linear_backward");
-  if (p.x.dtype == DType::float64)
-    cpu::kernels().linear_float64_backward(p, threads_of(exec));
-  else
-    cpu::linear_backward(p, threads_of(exec));
+  FLEXDIT_RUN(linear_backward_on_cpu, cuda::linear_backward);
 }
 
 void modulated_layer_norm(const ModulatedLayerNorm& p, const Execution& exec) {
-  Checker check("modulated_layer_norm");
+  Checker check("modulated_layer_norm", exec);
+  check.columns(p.x.cols);
   check.layout("layout", p.layout, p.layout.batch);
-  check.tokens("x", p.x, p.layout.total(), p.x.cols);
+  const int64_t rows = check.rows(p.layout, p.x);
+  check.tokens("x", p.x, rows, p.x.cols);
   check.matrix("shift", p.shift, p.layout.batch, p.x.cols);
   check.matrix("scale", p.scale, p.layout.batch, p.x.cols);
-  check.tokens("y", p.y, p.layout.total(), p.x.cols);
-  on_cpu(exec, "modulated_layer_norm");
-  cpu::kernels().modulated_layer_norm(p, threads_of(exec));
+  check.tokens("y", p.y, rows, p.x.cols);
+  FLEXDIT_RUN(cpu::kernels().modulated_layer_norm, cuda::modulated_layer_norm);
 }
 
 void modulated_layer_norm_backward(const ModulatedLayerNormBackward& p, const Execution& exec) {
-  Checker check("modulated_layer_norm_backward");
+  Checker check("modulated_layer_norm_backward", exec);
+  check.columns(p.x.cols);
   check.layout("layout", p.layout, p.layout.batch);
-  const int64_t rows = p.layout.total(), cols = p.x.cols, batch = p.layout.batch;
+  const int64_t rows = check.rows(p.layout, p.x), cols = p.x.cols, batch = p.layout.batch;
   check.tokens("x", p.x, rows, cols);
   check.matrix("scale", p.scale, batch, cols);
   check.tokens("grad_y", p.grad_y, rows, cols);
@@ -162,52 +184,52 @@ void modulated_layer_norm_backward(const ModulatedLayerNormBackward& p, const Ex
   check.matrix("grad_shift", p.grad_shift, batch, cols);
   check.matrix("grad_scale", p.grad_scale, batch, cols);
   check.nonzero("workspace", p.workspace);
-  on_cpu(exec, "modulated_layer_norm_backward");
-  cpu::kernels().modulated_layer_norm_backward(p, threads_of(exec));
+  FLEXDIT_RUN(cpu::kernels().modulated_layer_norm_backward, cuda::modulated_layer_norm_backward);
 }
 
 void gated_residual(const GatedResidual& p, const Execution& exec) {
-  Checker check("gated_residual");
+  Checker check("gated_residual", exec);
+  check.columns(p.x.cols);
   check.layout("layout", p.layout, p.layout.batch);
-  const int64_t rows = p.layout.total(), cols = p.x.cols, batch = p.layout.batch;
+  const int64_t rows = check.rows(p.layout, p.x), cols = p.x.cols, batch = p.layout.batch;
   check.tokens("x", p.x, rows, cols);
   check.tokens("y", p.y, p.y_per_sample ? batch : rows, cols);
   check.matrix("gate", p.gate, batch, cols);
   check.tokens("out", p.out, rows, cols);
   check_norm_fields(check, p.shift, p.scale, p.normed, batch, rows, cols);
-  on_cpu(exec, "gated_residual");
-  cpu::kernels().gated_residual(p, threads_of(exec));
+  FLEXDIT_RUN(cpu::kernels().gated_residual, cuda::gated_residual);
 }
 
 void gated_residual_backward(const GatedResidualBackward& p, const Execution& exec) {
-  Checker check("gated_residual_backward");
+  Checker check("gated_residual_backward", exec);
   check.layout("layout", p.layout, p.layout.batch);
-  const int64_t rows = p.layout.total(), cols = p.gate.cols, batch = p.layout.batch;
+  const int64_t rows = check.rows(p.layout, p.grad_out), cols = p.gate.cols, batch = p.layout.batch;
   check.tokens("y", p.y, p.y_per_sample ? batch : rows, cols);
   check.matrix("gate", p.gate, batch, cols);
   check.tokens("grad_out", p.grad_out, rows, cols);
   check.tokens("grad_y", p.grad_y, p.y_per_sample ? batch : rows, cols);
   check.matrix("grad_gate", p.grad_gate, batch, cols);
-  on_cpu(exec, "gated_residual_backward");
-  cpu::kernels().gated_residual_backward(p, threads_of(exec));
+  FLEXDIT_RUN(cpu::kernels().gated_residual_backward, cuda::gated_residual_backward);
 }
 
 void modulated_mean(const ModulatedMean& p, const Execution& exec) {
-  Checker check("modulated_mean");
+  Checker check("modulated_mean", exec);
+  check.columns(p.x.cols);
   check.layout("layout", p.layout, p.layout.batch);
-  check.tokens("x", p.x, p.layout.total(), p.x.cols);
+  const int64_t rows = check.rows(p.layout, p.x);
+  check.tokens("x", p.x, rows, p.x.cols);
   check.matrix("shift", p.shift, p.layout.batch, p.x.cols);
   check.matrix("scale", p.scale, p.layout.batch, p.x.cols);
   check.matrix("mean", p.mean, p.layout.batch, p.x.cols);
   check.nonzero("workspace", p.workspace);
-  on_cpu(exec, "modulated_mean");
-  cpu::kernels().modulated_mean(p, threads_of(exec));
+  FLEXDIT_RUN(cpu::kernels().modulated_mean, cuda::modulated_mean);
 }
 
 void modulated_mean_backward(const ModulatedMeanBackward& p, const Execution& exec) {
-  Checker check("modulated_mean_backward");
+  Checker check("modulated_mean_backward", exec);
+  check.columns(p.x.cols);
   check.layout("layout", p.layout, p.layout.batch);
-  const int64_t rows = p.layout.total(), cols = p.x.cols, batch = p.layout.batch;
+  const int64_t rows = check.rows(p.layout, p.x), cols = p.x.cols, batch = p.layout.batch;
   check.tokens("x", p.x, rows, cols);
   check.matrix("scale", p.scale, batch, cols);
   check.matrix("grad_mean", p.grad_mean, batch, cols);
@@ -216,58 +238,57 @@ void modulated_mean_backward(const ModulatedMeanBackward& p, const Execution& ex
   check.matrix("grad_shift", p.grad_shift, batch, cols);
   check.matrix("grad_scale", p.grad_scale, batch, cols);
   check.nonzero("workspace", p.workspace);
-  on_cpu(exec, "modulated_mean_backward");
-  cpu::kernels().modulated_mean_backward(p, threads_of(exec));
+  FLEXDIT_RUN(cpu::kernels().modulated_mean_backward, cuda::modulated_mean_backward);
 }
 
 void pool_tokens(const PoolTokens& p, const Execution& exec) {
-  Checker check("pool_tokens");
+  Checker check("pool_tokens", exec);
+  check.columns(p.x.cols);
   check_exchange(check, p.layout, p.sparse_layout, p.position);
-  check.tokens("x", p.x, p.layout.total(), p.x.cols);
+  check.tokens("x", p.x, check.rows(p.layout, p.x), p.x.cols);
   if (p.position) check.matrix("position", p.position, p.position.rows, p.x.cols);
-  check.tokens("out", p.out, p.sparse_layout.total(), p.x.cols);
-  on_cpu(exec, "pool_tokens");
-  cpu::kernels().pool_tokens(p, threads_of(exec));
+  check.tokens("out", p.out, check.rows(p.sparse_layout, p.out), p.x.cols);
+  FLEXDIT_RUN(cpu::kernels().pool_tokens, cuda::pool_tokens);
 }
 
 void pool_tokens_backward(const PoolTokensBackward& p, const Execution& exec) {
-  Checker check("pool_tokens_backward");
+  Checker check("pool_tokens_backward", exec);
+  check.columns(p.grad_out.cols);
   check_exchange(check, p.layout, p.sparse_layout, {});
-  check.tokens("grad_out", p.grad_out, p.sparse_layout.total(), p.grad_out.cols);
-  check.tokens("grad_x", p.grad_x, p.layout.total(), p.grad_out.cols);
-  on_cpu(exec, "pool_tokens_backward");
-  cpu::kernels().pool_tokens_backward(p, threads_of(exec));
+  check.tokens("grad_out", p.grad_out, check.rows(p.sparse_layout, p.grad_out), p.grad_out.cols);
+  check.tokens("grad_x", p.grad_x, check.rows(p.layout, p.grad_x), p.grad_out.cols);
+  FLEXDIT_RUN(cpu::kernels().pool_tokens_backward, cuda::pool_tokens_backward);
 }
 
 void gather_sparse(const GatherSparse& p, const Execution& exec) {
-  Checker check("gather_sparse");
+  Checker check("gather_sparse", exec);
+  check.columns(p.x.cols);
   check_exchange(check, p.layout, p.sparse_layout, p.position);
-  const int64_t rows = p.layout.total(), cols = p.x.cols;
+  const int64_t rows = check.rows(p.layout, p.x), cols = p.x.cols;
   check.tokens("x", p.x, rows, cols);
-  check.tokens("s", p.s, p.sparse_layout.total(), cols);
+  check.tokens("s", p.s, check.rows(p.sparse_layout, p.s), cols);
   if (p.position) check.matrix("position", p.position, p.position.rows, cols);
   check.tokens("out", p.out, rows, cols);
   check_norm_fields(check, p.shift, p.scale, p.normed, p.layout.batch, rows, cols);
-  on_cpu(exec, "gather_sparse");
-  cpu::kernels().gather_sparse(p, threads_of(exec));
+  FLEXDIT_RUN(cpu::kernels().gather_sparse, cuda::gather_sparse);
 }
 
 void gather_sparse_backward(const GatherSparseBackward& p, const Execution& exec) {
-  Checker check("gather_sparse_backward");
+  Checker check("gather_sparse_backward", exec);
+  check.columns(p.grad_out.cols);
   check_exchange(check, p.layout, p.sparse_layout, {});
-  check.tokens("grad_out", p.grad_out, p.layout.total(), p.grad_out.cols);
-  check.tokens("grad_s", p.grad_s, p.sparse_layout.total(), p.grad_out.cols);
-  on_cpu(exec, "gather_sparse_backward");
-  cpu::kernels().gather_sparse_backward(p, threads_of(exec));
+  check.tokens("grad_out", p.grad_out, check.rows(p.layout, p.grad_out), p.grad_out.cols);
+  check.tokens("grad_s", p.grad_s, check.rows(p.sparse_layout, p.grad_s), p.grad_out.cols);
+  FLEXDIT_RUN(cpu::kernels().gather_sparse_backward, cuda::gather_sparse_backward);
 }
 
 void add_position(const AddPosition& p, const Execution& exec) {
-  Checker check("add_position");
+  Checker check("add_position", exec);
+  check.columns(p.x.cols);
   check_exchange(check, p.layout, p.layout, p.position);
-  check.tokens("x", p.x, p.layout.total(), p.x.cols);
+  check.tokens("x", p.x, check.rows(p.layout, p.x), p.x.cols);
   check.matrix("position", p.position, p.position.rows, p.x.cols);
-  on_cpu(exec, "add_position");
-  cpu::kernels().add_position(p, threads_of(exec));
+  FLEXDIT_RUN(cpu::kernels().add_position, cuda::add_position);
 }
 
 namespace {
@@ -275,7 +296,7 @@ namespace {
 void check_attention(Checker& check, const Attention& p) {
   check.layout("layout_q", p.layout_q, p.layout_q.batch);
   check.layout("layout_k", p.layout_k, p.layout_q.batch);
-  const int64_t rows_q = p.layout_q.total(), rows_k = p.layout_k.total();
+  const int64_t rows_q = check.rows(p.layout_q, p.q), rows_k = check.rows(p.layout_k, p.k);
   check.tokens("q", p.q, rows_q, p.q.cols);
   check.tokens("k", p.k, rows_k, p.q.cols);
   check.tokens("v", p.v, rows_k, p.q.cols);
@@ -289,57 +310,52 @@ void check_attention(Checker& check, const Attention& p) {
 }  // namespace
 
 void attention(const Attention& p, const Execution& exec) {
-  Checker check("attention");
+  Checker check("attention", exec);
   check_attention(check, p);
-  on_cpu(exec, "attention");
-  cpu::kernels().attention(p, threads_of(exec));
+  FLEXDIT_RUN(cpu::kernels().attention, cuda::attention);
 }
 
 void attention_backward(const AttentionBackward& p, const Execution& exec) {
-  Checker check("attention_backward");
+  Checker check("attention_backward", exec);
   check_attention(check, p);
   check.holds(bool(p.lse) || p.q.rows == 0, "lse is missing");
-  check.tokens("grad_out", p.grad_out, p.layout_q.total(), p.q.cols);
-  check.tokens("grad_q", p.grad_q, p.layout_q.total(), p.q.cols);
-  check.tokens("grad_k", p.grad_k, p.layout_k.total(), p.q.cols);
-  check.tokens("grad_v", p.grad_v, p.layout_k.total(), p.q.cols);
-  on_cpu(exec, "attention_backward");
-  cpu::kernels().attention_backward(p, threads_of(exec));
+  const int64_t rows_q = check.rows(p.layout_q, p.q), rows_k = check.rows(p.layout_k, p.k);
+  check.tokens("grad_out", p.grad_out, rows_q, p.q.cols);
+  check.tokens("grad_q", p.grad_q, rows_q, p.q.cols);
+  check.tokens("grad_k", p.grad_k, rows_k, p.q.cols);
+  check.tokens("grad_v", p.grad_v, rows_k, p.q.cols);
+  FLEXDIT_RUN(cpu::kernels().attention_backward, cuda::attention_backward);
 }
 
 void gelu(const Elementwise& p, const Execution& exec) {
-  Checker check("gelu");
+  Checker check("gelu", exec);
   check.matrix("x", p.x, p.x.rows, p.x.cols);
   check.matrix("y", p.y, p.x.rows, p.x.cols);
-  on_cpu(exec, "gelu");
-  cpu::kernels().gelu(p, threads_of(exec));
+  FLEXDIT_RUN(cpu::kernels().gelu, cuda::gelu);
 }
 
 void gelu_backward(const GeluBackward& p, const Execution& exec) {
-  Checker check("gelu_backward");
+  Checker check("gelu_backward", exec);
   check.matrix("x", p.x, p.x.rows, p.x.cols);
   check.matrix("grad_y", p.grad_y, p.x.rows, p.x.cols);
   check.matrix("y", p.y, p.x.rows, p.x.cols);
   check.matrix("grad_x", p.grad_x, p.x.rows, p.x.cols);
-  on_cpu(exec, "gelu_backward");
-  cpu::kernels().gelu_backward(p, threads_of(exec));
+  FLEXDIT_RUN(cpu::kernels().gelu_backward, cuda::gelu_backward);
 }
 
 void silu(const Elementwise& p, const Execution& exec) {
-  Checker check("silu");
+  Checker check("silu", exec);
   check.matrix("x", p.x, p.x.rows, p.x.cols);
   check.matrix("y", p.y, p.x.rows, p.x.cols);
-  on_cpu(exec, "silu");
-  cpu::kernels().silu(p, threads_of(exec));
+  FLEXDIT_RUN(cpu::kernels().silu, cuda::silu);
 }
 
 void silu_backward(const SiluBackward& p, const Execution& exec) {
-  Checker check("silu_backward");
+  Checker check("silu_backward", exec);
   check.matrix("x", p.x, p.x.rows, p.x.cols);
   check.matrix("grad_y", p.grad_y, p.x.rows, p.x.cols);
   check.matrix("grad_x", p.grad_x, p.x.rows, p.x.cols);
-  on_cpu(exec, "silu_backward");
-  cpu::kernels().silu_backward(p, threads_of(exec));
+  FLEXDIT_RUN(cpu::kernels().silu_backward, cuda::silu_backward);
 }
 
 namespace {
@@ -355,59 +371,52 @@ void check_patches(Checker& check, const Patches& p) {
 }  // namespace
 
 void patchify(const Patches& p, const Execution& exec) {
-  Checker check("patchify");
+  Checker check("patchify", exec);
   check_patches(check, p);
-  on_cpu(exec, "patchify");
-  cpu::kernels().patchify(p, threads_of(exec));
+  FLEXDIT_RUN(cpu::kernels().patchify, cuda::patchify);
 }
 
 void unpatchify(const Patches& p, const Execution& exec) {
-  Checker check("unpatchify");
+  Checker check("unpatchify", exec);
   check_patches(check, p);
-  on_cpu(exec, "unpatchify");
-  cpu::kernels().unpatchify(p, threads_of(exec));
+  FLEXDIT_RUN(cpu::kernels().unpatchify, cuda::unpatchify);
 }
 
 void timestep_embedding(const TimestepEmbedding& p, const Execution& exec) {
-  Checker check("timestep_embedding");
+  Checker check("timestep_embedding", exec);
   check.matrix("out", p.out, p.out.rows, p.out.cols);
   check.holds(p.out.cols % 2 == 0, "out has " + std::to_string(p.out.cols) + " columns, must be even");
   check.holds(p.t != nullptr || p.out.rows == 0, "t is missing");
-  on_cpu(exec, "timestep_embedding");
-  cpu::kernels().timestep_embedding(p, threads_of(exec));
+  FLEXDIT_RUN(cpu::kernels().timestep_embedding, cuda::timestep_embedding);
 }
 
 void label_embedding(const LabelEmbedding& p, const Execution& exec) {
-  Checker check("label_embedding");
+  Checker check("label_embedding", exec);
   check.matrix("table", p.table, p.table.rows, p.table.cols);
   check.matrix("x", p.x, p.x.rows, p.table.cols);
   check.holds(p.labels != nullptr || p.x.rows == 0, "labels is missing");
-  on_cpu(exec, "label_embedding");
-  for (int64_t b = 0; b < p.x.rows; ++b)
+  for (int64_t b = 0; check.on_cpu() && b < p.x.rows; ++b)
     check.holds(p.labels[b] >= 0 && p.labels[b] < p.table.rows, "labels[" + std::to_string(b) + "] is " +
                                                                     std::to_string(p.labels[b]) + ", must lie in [0, " +
                                                                     std::to_string(p.table.rows) + ")");
-  cpu::kernels().label_embedding(p, threads_of(exec));
+  FLEXDIT_RUN(cpu::kernels().label_embedding, cuda::label_embedding);
 }
 
 void label_embedding_backward(const LabelEmbeddingBackward& p, const Execution& exec) {
-  Checker check("label_embedding_backward");
+  Checker check("label_embedding_backward", exec);
+  check.columns(p.grad_table.cols);
   check.matrix("grad_table", p.grad_table, p.grad_table.rows, p.grad_table.cols);
   check.matrix("grad_out", p.grad_out, p.grad_out.rows, p.grad_table.cols);
   check.holds(p.labels != nullptr || p.grad_out.rows == 0, "labels is missing");
-  on_cpu(exec, "label_embedding_backward");
-  cpu::kernels().label_embedding_backward(p, threads_of(exec));
+  FLEXDIT_RUN(cpu::kernels().label_embedding_backward, cuda::label_embedding_backward);
 }
 
 void select_tokens(const SelectTokens& p, const Execution& exec) {
-  Checker check("select_tokens");
+  Checker check("select_tokens", exec);
   check.nonzero("schedule", p.schedule);
   check.nonzero("table", p.table);
   check.holds(p.t != nullptr || p.batch == 0, "t is missing");
-  on_cpu(exec, "select_tokens");
-  std::vector<Grid> grids(static_cast<size_t>(p.batch));
-  for (int64_t b = 0; b < p.batch; ++b) grids[static_cast<size_t>(b)] = p.schedule->grid(p.t[b]);
-  fill_layout(grids, p.table);
+  FLEXDIT_RUN(select_tokens_on_cpu, cuda::select_tokens);
 }
 
 }  // namespace flexdit

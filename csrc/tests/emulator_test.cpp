@@ -1,6 +1,7 @@
 // The emulator: what a correct kernel computes, and every mistake that it promises to catch.
 #include "check.h"
 #include "cuda/device.h"
+#include "message_of.h"
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sys/wait.h>
@@ -26,7 +27,7 @@ std::string error_of(void (*kernel)(Parameters...), dim3 block, size_t shared_by
   for (const auto order : {emulator::Order::backward, emulator::Order::forward}) {
     emulator::set_order(order);
     messages[order == emulator::Order::forward] =
-        check::message_of<emulator::Error>([&] { start(kernel, 1, block, shared_bytes, arguments...); });
+        test::message_of<emulator::Error>([&] { start(kernel, 1, block, shared_bytes, arguments...); });
   }
   CHECK_EQ(messages[0].empty(), messages[1].empty());
   return messages[1];
@@ -243,7 +244,7 @@ TEST_CASE(uninitialised_shared_memory_is_nan) {
 
 TEST_CASE(launches_that_a_gpu_refuses) {
   const auto words = [](dim3 grid, dim3 block, size_t bytes) {
-    return check::message_of<DeviceError>([&] { start(exits_early, grid, block, bytes); });
+    return test::message_of<DeviceError>([&] { start(exits_early, grid, block, bytes); });
   };
   const std::string large = words(1, 1056, 0);
   CHECK_NOTE(has(large, "test_kernel on [2, 3]") && has(large, "invalid configuration argument"), large);

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <memory>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "flexdit/ops.h"
@@ -24,12 +25,24 @@ class Random {
     return z ^ (z >> 31);
   }
   int64_t below(int64_t n) { return static_cast<int64_t>(next() % static_cast<uint64_t>(n)); }
-  // A multiple of 1/64 in [-1, 1]: every storage type holds it exactly, so all compute with the same inputs.
-  double value() { return static_cast<double>(below(129) - 64) / 64; }
+  // In (-1, 1), with the 8 significant bits that every storage type holds: all compute with the same inputs.
+  double value() { return std::ldexp(static_cast<double>(128 + below(128)), -8 - static_cast<int>(below(6))) * sign(); }
+  double sign() { return below(2) ? 1 : -1; }
 
  private:
   uint64_t state_;
 };
+
+// The message of the ArgumentError that `body` throws, or an empty text.
+template <class Body>
+std::string argument_error(Body&& body) {
+  try {
+    body();
+  } catch (const ArgumentError& error) {
+    return error.what();
+  }
+  return "";
+}
 
 struct Values {
   int64_t rows = 0, cols = 0;
@@ -47,10 +60,29 @@ inline Values random_values(int64_t rows, int64_t cols, Random& random, double s
   return out;
 }
 
+inline double float16_value(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+  const double magnitude = exponent == 31  ? (mantissa ? NAN : INFINITY)
+                           : exponent == 0 ? std::ldexp(mantissa, -24)
+                                           : std::ldexp(1024 + mantissa, exponent - 25);
+  return bits & 0x8000 ? -magnitude : magnitude;
+}
+// To nearest even; what is too large becomes infinity.
+inline uint16_t float16_of(double x) {
+  const int sign = std::signbit(x) ? 0x8000 : 0;
+  const double magnitude = std::abs(x);
+  if (std::isnan(x)) return 0x7fff;
+  if (magnitude >= 65520) return static_cast<uint16_t>(sign | 0x7c00);
+  const int exponent = std::max(magnitude > 0 ? std::ilogb(magnitude) : -14, -14);
+  const auto units = static_cast<int>(std::nearbyint(std::ldexp(magnitude, 10 - exponent)));
+  return static_cast<uint16_t>(sign | (units + 1024 * (exponent + 14)));
+}
+
 inline double read(const void* p, DType dtype) {
   const auto as = [p](auto value) { return std::memcpy(&value, p, sizeof value), value; };
   if (dtype == DType::float64) return as(double{});
   if (dtype == DType::float32) return as(float{});
+  if (dtype == DType::float16) return float16_value(as(uint16_t{}));
   const uint32_t bits = uint32_t{as(uint16_t{})} << 16;
   float value;
   std::memcpy(&value, &bits, sizeof value);
@@ -65,6 +97,10 @@ inline void write(void* p, DType dtype, double x) {
   if (dtype == DType::float64) std::memcpy(p, &x, 8);
   if (dtype == DType::float32) std::memcpy(p, &single, 4);
   if (dtype == DType::bfloat16) std::memcpy(p, &half, 2);
+  if (dtype == DType::float16) {
+    const uint16_t other = float16_of(x);
+    std::memcpy(p, &other, 2);
+  }
 }
 
 constexpr unsigned char kPoison = 0xff;  // as bytes of any floating point type: NaN
@@ -74,10 +110,13 @@ constexpr unsigned char kPoison = 0xff;  // as bytes of any floating point type:
 class Tensor {
  public:
   Tensor(int64_t rows, int64_t cols, DType dtype, bool strided = false)
-      : rows_(rows), cols_(cols), left_(strided ? 3 : 0), stride_(strided ? cols + 8 : cols), dtype_(dtype),
+      : rows_(rows),
+        cols_(cols),
+        left_(strided ? 3 : 0),
+        stride_(strided ? cols + 8 : cols),
+        dtype_(dtype),
         bytes_(static_cast<size_t>((rows + 2) * stride_ * size_of(dtype)), kPoison) {}
-  Tensor(const Values& values, DType dtype, bool strided = false)
-      : Tensor(values.rows, values.cols, dtype, strided) {
+  Tensor(const Values& values, DType dtype, bool strided = false) : Tensor(values.rows, values.cols, dtype, strided) {
     for (int64_t i = 0; i < rows_; ++i)
       for (int64_t j = 0; j < cols_; ++j) write(at(i, j), dtype, values(i, j));
   }
@@ -93,8 +132,8 @@ class Tensor {
   bool guards_intact() const {
     const int64_t row = stride_ * size_of(dtype_), begin = left_ * size_of(dtype_);
     for (int64_t k = 0; k < static_cast<int64_t>(bytes_.size()); ++k) {
-      const bool inside = k >= row && k < (rows_ + 1) * row && k % row >= begin &&
-                          k % row < begin + cols_ * size_of(dtype_);
+      const bool inside =
+          k >= row && k < (rows_ + 1) * row && k % row >= begin && k % row < begin + cols_ * size_of(dtype_);
       if (!inside && bytes_[static_cast<size_t>(k)] != kPoison) return false;
     }
     return true;
@@ -156,7 +195,7 @@ inline Values rows_of(const Values& x, int64_t first, int64_t count) {
 
 // Derivative of loss() along `direction` at x, which is left as it was: central differences of fourth order.
 template <class Loss>
-double derivative(Values& x, const Values& direction, Loss&& loss, double step = 1e-3) {
+double derivative(Values& x, const Values& direction, Loss&& loss, double step = 5e-4) {
   const Values at = x;
   const auto moved = [&](double by) {
     for (size_t i = 0; i < x.v.size(); ++i) x.v[i] = at.v[i] + by * direction.v[i];

@@ -13,7 +13,7 @@ struct Grid {
   int32_t height = 1;
   int32_t width = 1;
 
-  int64_t tokens() const { return int64_t{frames} * height * width; }
+  constexpr int64_t tokens() const { return int64_t{frames} * height * width; }
   bool operator==(const Grid&) const = default;
 };
 
@@ -24,16 +24,16 @@ struct LayoutRow {
 };
 static_assert(sizeof(LayoutRow) == 4 * sizeof(int32_t));
 
-// A view of a table, on the host or on the device that computes with it.
+// A view of a table, on the host or on the device that computes with it. constexpr is what lets kernels call it.
 struct TokenLayout {
   const LayoutRow* table = nullptr;
   int64_t batch = 0;
 
-  int64_t offset(int64_t sample) const { return table[sample].offset; }
-  int64_t total() const { return table[batch].offset; }
-  const Grid& grid(int64_t sample) const { return table[sample].grid; }
+  constexpr int64_t offset(int64_t sample) const { return table[sample].offset; }
+  constexpr int64_t total() const { return table[batch].offset; }
+  constexpr const Grid& grid(int64_t sample) const { return table[sample].grid; }
   // The sample that owns a packed row. O(log batch).
-  int64_t sample_of(int64_t row) const {
+  constexpr int64_t sample_of(int64_t row) const {
     int64_t low = 0, high = batch;
     while (high - low > 1) {
       const int64_t middle = (low + high) / 2;

@@ -1,0 +1,111 @@
+// Patches, timesteps and labels.
+#include "cuda/rows.h"
+
+namespace flexdit::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+unsigned blocks_for(int64_t elements) { return static_cast<unsigned>(ceil_divide(elements, kThreads)); }
+__device__ __forceinline__ int64_t element_of_thread() { return int64_t{blockIdx.x} * kThreads + threadIdx.x; }
+
+// One thread per value, neighbours along an image's row: reads or writes of the image are contiguous.
+template <class T>
+__global__ void __launch_bounds__(kThreads) move_patches_kernel(Patches p, bool to_rows) {
+  const int64_t i = element_of_thread();
+  if (i >= p.batch * p.channels * p.height * p.width) return;
+  const int64_t x = i % p.width, y = i / p.width % p.height, plane = i / (p.width * p.height);
+  const int64_t c = plane % p.channels, b = plane / p.channels;
+  const int64_t r = (b * (p.height / p.patch) + y / p.patch) * (p.width / p.patch) + x / p.patch;
+  const int64_t in_patch = y % p.patch * p.patch + x % p.patch;
+  T* value = row<T>(p.rows, r) + (p.channels_last ? in_patch * p.channels + c : c * p.patch * p.patch + in_patch);
+  T* pixel = static_cast<T*>(p.image) + i;
+  if (to_rows)
+    *value = *pixel;
+  else
+    *pixel = *value;
+}
+
+void move_patches(const char* name, const Patches& p, bool to_rows, const Execution& exec) {
+  with_type(p.rows.dtype, [&](auto tag) {
+    launch({name, p.rows.rows, p.rows.cols}, move_patches_kernel<decltype(tag)>,
+           blocks_for(p.batch * p.channels * p.height * p.width), kThreads, 0, exec, p, to_rows);
+  });
+}
+
+// The few values are computed in double and rounded once, as on the CPU: t w reaches 1000.
+template <class T>
+__global__ void __launch_bounds__(kThreads) timestep_kernel(TimestepEmbedding p) {
+  const int64_t half = p.out.cols / 2, i = element_of_thread() % half, b = element_of_thread() / half;
+  if (b >= p.out.rows) return;
+  const float exponent = -9.2103404f * float(i) / float(half);  // -ln 10000
+  const float angle = float(p.t[b]) * float(exp(double(exponent)));
+  T* out = row<T>(p.out, b) + i;
+  out[0] = from_float<T>(float(cos(double(angle))));
+  out[half] = from_float<T>(float(sin(double(angle))));
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) add_labels_kernel(LabelEmbedding p) {
+  const int64_t i = element_of_thread();
+  if (i >= p.x.rows * p.x.cols) return;
+  const int64_t b = i / p.x.cols, column = i % p.x.cols, label = p.labels[b];
+  T* x = row<T>(p.x, b) + column;
+  const bool known = label >= 0 && label < p.table.rows;
+  *x = from_float<T>(known ? to_float(*x) + to_float(row<T>(p.table, label)[column]) : NAN);
+}
+
+// One row of threads per label, which looks for its samples: no atomics, and rows without samples become zero.
+template <class T, int V>
+__global__ void __launch_bounds__(kRowThreads) label_gradients_kernel(LabelEmbeddingBackward p) {
+  const int64_t label = row_of_thread<V>();
+  const int cols = int(p.grad_table.cols);
+  if (label >= p.grad_table.rows) return;
+  float sums[kLaneValues<V>] = {};
+  for (int64_t b = 0; b < p.grad_out.rows; ++b) {
+    if (p.labels[b] != label) continue;
+    for_vectors<V>(cols, [&](int k, int column) {
+      const auto grad = load<V>(row<T>(p.grad_out, b) + column);
+#pragma unroll
+      for (int i = 0; i < V; ++i) sums[k * V + i] += grad[i];
+    });
+  }
+  for_vectors<V>(cols, [&](int k, int column) {
+    Vector<T, V> out;
+#pragma unroll
+    for (int i = 0; i < V; ++i) out.set(i, sums[k * V + i]);
+    store(row<T>(p.grad_table, label) + column, out);
+  });
+}
+
+}  // namespace
+
+void patchify(const Patches& p, const Execution& exec) { move_patches("patchify", p, true, exec); }
+void unpatchify(const Patches& p, const Execution& exec) { move_patches("unpatchify", p, false, exec); }
+
+void timestep_embedding(const TimestepEmbedding& p, const Execution& exec) {
+  with_type(p.out.dtype, [&](auto tag) {
+    launch({"timestep_embedding", p.out.rows, p.out.cols}, timestep_kernel<decltype(tag)>,
+           blocks_for(p.out.rows * (p.out.cols / 2)), kThreads, 0, exec, p);
+  });
+}
+
+void label_embedding(const LabelEmbedding& p, const Execution& exec) {
+  with_type(p.x.dtype, [&](auto tag) {
+    launch({"label_embedding", p.x.rows, p.x.cols}, add_labels_kernel<decltype(tag)>, blocks_for(p.x.rows * p.x.cols),
+           kThreads, 0, exec, p);
+  });
+}
+
+void label_embedding_backward(const LabelEmbeddingBackward& p, const Execution& exec) {
+  with_vector(
+      p.grad_table.dtype, p.grad_table.cols,
+      [&](auto tag, auto vector) {
+        launch({"label_embedding_backward", p.grad_table.rows, p.grad_table.cols},
+               label_gradients_kernel<decltype(tag), vector()>, row_blocks<vector()>(p.grad_table.rows), kRowThreads, 0,
+               exec, p);
+      },
+      p.grad_out, p.grad_table);
+}
+
+}  // namespace flexdit::cuda

@@ -1,0 +1,199 @@
+// Sparse-dense token exchange: adaptive pooling down, nearest gather up, and the fixed position table.
+// Pooling, its backward and the gather's backward are one kernel: each row is a weighted sum over a box of tokens.
+#include "cuda/rows.h"
+
+namespace flexdit::cuda {
+namespace {
+
+struct Index {
+  int frame, y, x;
+};
+__device__ __forceinline__ Index index_of(const Grid& grid, int token) {
+  return {token / (grid.height * grid.width), token / grid.width % grid.height, token % grid.width};
+}
+__device__ __forceinline__ int token_at(const Grid& grid, int frame, int y, int x) {
+  return (frame * grid.height + y) * grid.width + x;
+}
+
+struct Range {
+  int begin, end;
+  __device__ __forceinline__ int size() const { return end - begin; }
+};
+struct Box {
+  Range frame, y, x;
+  __device__ __forceinline__ int size() const { return frame.size() * y.size() * x.size(); }
+};
+
+// A box made axis by axis: ranges(i, n, m) for position i, n dense and m sparse positions along the axis.
+template <class Ranges>
+__device__ __forceinline__ Box box_of(const Index& at, const Grid& dense, const Grid& sparse, Ranges&& ranges) {
+  return {ranges(at.frame, dense.frames, sparse.frames), ranges(at.y, dense.height, sparse.height),
+          ranges(at.x, dense.width, sparse.width)};
+}
+
+struct WindowRange {
+  __device__ __forceinline__ Range operator()(int i, int n, int m) const {
+    return {int(window_begin(i, n, m)), int(window_end(i, n, m))};
+  }
+};
+// Windows that hold dense position i: they begin and end in ascending order, so they are consecutive.
+struct ContainingRange {
+  __device__ __forceinline__ Range operator()(int i, int n, int m) const {
+    int first = int(nearest_source(i, n, m)), end = first;
+    while (first > 0 && window_end(first - 1, n, m) > i) --first;
+    while (end < m && window_begin(end, n, m) <= i) ++end;
+    return {first, end};
+  }
+};
+// Dense positions whose nearest sparse one is i: the inverse of nearest_source.
+struct TargetRange {
+  __device__ __forceinline__ Range operator()(int i, int n, int m) const {
+    return {int((int64_t{i} * n + m - 1) / m), int((int64_t{i + 1} * n + m - 1) / m)};
+  }
+};
+
+// What differs between the three sums: which tokens a row sums over, and their weights.
+struct Pooling {  // dense tokens to a sparse row
+  using Ranges = WindowRange;
+  static constexpr bool kToDense = false;
+  __device__ __forceinline__ static float weight(const Box& box, const Grid&, const Grid&, const Index&) {
+    return 1.f / float(box.size());
+  }
+};
+struct PoolingBackward {  // sparse tokens, each weighted by its window's size, to a dense row
+  using Ranges = ContainingRange;
+  static constexpr bool kToDense = true;
+  __device__ __forceinline__ static float weight(const Box&, const Grid& dense, const Grid& sparse, const Index& from) {
+    return 1.f / float(box_of(from, dense, sparse, WindowRange()).size());
+  }
+};
+struct GatherBackward {  // dense tokens to the sparse row that they were gathered from
+  using Ranges = TargetRange;
+  static constexpr bool kToDense = false;
+  __device__ __forceinline__ static float weight(const Box&, const Grid&, const Grid&, const Index&) { return 1.f; }
+};
+
+struct BoxSums {
+  TokenLayout dense, sparse;
+  Matrix in, position;  // position: added to each token of `in`, or empty
+  Matrix out;
+  bool accumulate;
+};
+
+template <class T, int V>
+__device__ __forceinline__ void add_row(float* sums, const T* p, float weight, int cols) {
+  for_vectors<V>(cols, [&](int k, int column) {
+    const auto value = load<V>(p + column);
+#pragma unroll
+    for (int i = 0; i < V; ++i) sums[k * V + i] += weight * value[i];
+  });
+}
+
+template <class T, int V, class Kind>
+__global__ void __launch_bounds__(kRowThreads, 3) box_sums_kernel(BoxSums p) {
+  const int64_t r = row_of_thread<V>();
+  const int cols = int(p.out.cols);
+  const TokenLayout &to = Kind::kToDense ? p.dense : p.sparse, &from = Kind::kToDense ? p.sparse : p.dense;
+  if (r >= p.out.rows) return;
+  if (r >= to.total()) return write_zeros<T, V>(row<T>(p.out, r), cols);
+  const int64_t sample = to.sample_of(r), begin = from.offset(sample);
+  const Grid dense = p.dense.grid(sample), sparse = p.sparse.grid(sample);
+  const Index at = index_of(Kind::kToDense ? dense : sparse, int(r - to.offset(sample)));
+  const Box box = box_of(at, dense, sparse, typename Kind::Ranges());
+  float sums[kLaneValues<V>] = {};
+  for (int frame = box.frame.begin; frame < box.frame.end; ++frame)
+    for (int y = box.y.begin; y < box.y.end; ++y)
+      for (int x = box.x.begin; x < box.x.end; ++x) {
+        const int token = token_at(Kind::kToDense ? sparse : dense, frame, y, x);
+        const float weight = Kind::weight(box, dense, sparse, {frame, y, x});
+        add_row<T, V>(sums, row<T>(p.in, begin + token), weight, cols);
+        if (p.position.data) add_row<T, V>(sums, row<T>(p.position, token), weight, cols);
+      }
+  T* out = row<T>(p.out, r);
+  for_vectors<V>(cols, [&](int k, int column) {
+    Vector<T, V> value;
+    if (p.accumulate) value = load<V>(out + column);
+#pragma unroll
+    for (int i = 0; i < V; ++i) value.set(i, (p.accumulate ? value[i] : 0.f) + sums[k * V + i]);
+    store(out + column, value);
+  });
+}
+
+template <class Kind>
+void launch_box_sums(const char* name, const BoxSums& p, const Execution& exec) {
+  with_vector(
+      p.out.dtype, p.out.cols,
+      [&](auto tag, auto vector) {
+        launch({name, p.out.rows, p.out.cols}, box_sums_kernel<decltype(tag), vector(), Kind>,
+               row_blocks<vector()>(p.out.rows), kRowThreads, 0, exec, p);
+      },
+      p.in, p.position, p.out);
+}
+
+template <class T, int V>
+__device__ __forceinline__ void add_to(Row<T, V>& out, const T* one, const T* other, int cols) {
+  for_vectors<V>(cols, [&](int k, int column) {
+    const auto a = load<V>(one + column);
+    Vector<T, V> b;
+    if (other) b = load<V>(other + column);
+#pragma unroll
+    for (int i = 0; i < V; ++i) out.part[k].set(i, out.part[k][i] + a[i] + (other ? b[i] : 0.f));
+  });
+}
+
+struct GatheredRows {
+  Matrix s, x, position;
+  TokenLayout sparse_layout;
+  template <class T, int V>
+  __device__ __forceinline__ Row<T, V> row_at(const TokenLayout& layout, int64_t sample, int64_t r, int cols) const {
+    Row<T, V> out;
+    out.read(row<T>(x, r), cols);
+    const Grid dense = layout.grid(sample), sparse = sparse_layout.grid(sample);
+    const int token = int(r - layout.offset(sample));
+    const Index at = index_of(dense, token);
+    const int source = token_at(sparse, int(nearest_source(at.frame, dense.frames, sparse.frames)),
+                                int(nearest_source(at.y, dense.height, sparse.height)),
+                                int(nearest_source(at.x, dense.width, sparse.width)));
+    add_to(out, row<T>(s, sparse_layout.offset(sample) + source), position.data ? row<T>(position, token) : nullptr,
+           cols);
+    return out;
+  }
+};
+
+struct PositionedRows {
+  Matrix x, position;
+  template <class T, int V>
+  __device__ __forceinline__ Row<T, V> row_at(const TokenLayout& layout, int64_t sample, int64_t r, int cols) const {
+    Row<T, V> out;
+    out.read(row<T>(x, r), cols);
+    add_to<T, V>(out, row<T>(position, r - layout.offset(sample)), nullptr, cols);
+    return out;
+  }
+};
+
+}  // namespace
+
+void pool_tokens(const PoolTokens& p, const Execution& exec) {
+  launch_box_sums<Pooling>("pool_tokens", {p.layout, p.sparse_layout, p.x, p.position, p.out, false}, exec);
+}
+
+void pool_tokens_backward(const PoolTokensBackward& p, const Execution& exec) {
+  launch_box_sums<PoolingBackward>("pool_tokens_backward",
+                                   {p.layout, p.sparse_layout, p.grad_out, {}, p.grad_x, p.accumulate}, exec);
+}
+
+void gather_sparse(const GatherSparse& p, const Execution& exec) {
+  launch_rows("gather_sparse", p.layout, GatheredRows{p.s, p.x, p.position, p.sparse_layout}, p.out,
+              Norm{p.shift, p.scale, p.normed, float(p.eps)}, exec, p.s, p.x, p.position);
+}
+
+void gather_sparse_backward(const GatherSparseBackward& p, const Execution& exec) {
+  launch_box_sums<GatherBackward>("gather_sparse_backward",
+                                  {p.layout, p.sparse_layout, p.grad_out, {}, p.grad_s, false}, exec);
+}
+
+void add_position(const AddPosition& p, const Execution& exec) {
+  launch_rows("add_position", p.layout, PositionedRows{p.x, p.position}, p.x, Norm{}, exec, p.position);
+}
+
+}  // namespace flexdit::cuda

@@ -1,0 +1,378 @@
+// The CUDA kernels on the emulator against the CPU's in float64: the cases of op_cases.cpp in all storage types,
+// contiguous and strided, with the threads of a block in both orders, which must agree to the bit (no atomics, no
+// missing barrier); then buffers with spare rows, wide rows, both ends of the model, selection, and errors.
+#include "check.h"
+#include "emulator/emulator.h"
+#include "message_of.h"
+#include "op_case.h"
+
+using namespace flexdit;
+using namespace flexdit::test;
+
+namespace {
+
+const Execution kCuda{.device = Device::cuda};
+constexpr DType kTypes[] = {DType::float32, DType::bfloat16, DType::float16};
+
+// Largest allowed error relative to the largest magnitude of the result, at least 1: sums of a few hundred terms
+// in float32, and one rounding to storage. Seen on the emulator, 2026-11-22: 2.6e-7, 4.3e-3, 5.2e-4.
+double tolerance(DType dtype) { return dtype == DType::float32 ? 5e-7 : dtype == DType::bfloat16 ? 8e-3 : 1e-3; }
+
+// The largest error seen by each test case and storage type, printed at the end.
+struct Worst {
+  double seen[4] = {};
+  ~Worst() { std::printf("  largest errors: float32 %.1e, bfloat16 %.1e, float16 %.1e\n", seen[0], seen[1], seen[2]); }
+  void compare(const Values& got, const Values& wanted, DType dtype, const std::string& what) {
+    const double e = error(got, wanted);
+    seen[static_cast<int>(dtype)] = std::max(seen[static_cast<int>(dtype)], e);
+    CHECK_NOTE(e <= tolerance(dtype), what, " in ", name_of(dtype), ": error ", e);
+  }
+};
+
+struct Inputs {
+  std::vector<Values> in, grad_out;
+};
+Inputs inputs_of(const OpCase& c) {
+  Random random(std::hash<std::string>()(c.op + c.variant));
+  Inputs out;
+  for (const Field& f : c.inputs) out.in.push_back(random_values(f.rows, f.cols, random));
+  for (const Field& f : c.outputs) out.grad_out.push_back(random_values(f.rows, f.cols, random));
+  return out;
+}
+
+// Token fields of the cases that have spare rows.
+bool has_tokens(const Field& f) { return f.rows > 9; }
+
+std::vector<Tensor> tensors_of(const std::vector<Field>& fields, const std::vector<Values>* values, DType dtype,
+                               bool strided, int64_t spare) {
+  std::vector<Tensor> out;
+  for (size_t i = 0; i < fields.size(); ++i) {
+    const Field& f = fields[i];
+    const DType type = f.accumulation ? accumulation_type(dtype) : dtype;
+    out.emplace_back(f.rows + (has_tokens(f) ? spare : 0), f.cols, type, strided);
+    const Matrix view = out.back().view();
+    for (int64_t r = 0; values && r < f.rows; ++r)
+      for (int64_t j = 0; j < f.cols; ++j) write(view.row_range(r, 1).columns(j, 1).data, type, (*values)[i](r, j));
+  }
+  return out;
+}
+
+Views views_of(std::vector<Tensor>& tensors, const std::vector<Field>& fields, bool differentiable) {
+  Views out;
+  for (size_t i = 0; i < tensors.size(); ++i)
+    out.push_back(differentiable && !fields[i].differentiable ? Matrix{} : tensors[i].view());
+  return out;
+}
+
+struct Result {
+  std::vector<Values> outputs, gradients;  // empty values where there is no gradient
+};
+
+Result run(const OpCase& c, const Inputs& given, DType dtype, bool strided, int64_t spare, const Execution& exec) {
+  auto inputs = tensors_of(c.inputs, &given.in, dtype, strided, spare);
+  auto outputs = tensors_of(c.outputs, nullptr, dtype, strided, spare);
+  auto grads_out = tensors_of(c.outputs, &given.grad_out, dtype, strided, spare);
+  auto grads_in = tensors_of(c.inputs, nullptr, dtype, strided, spare);
+  Result result;
+  c.forward(views_of(inputs, c.inputs, false), views_of(outputs, c.outputs, false), exec);
+  for (Tensor& t : outputs) result.outputs.push_back(t.values());
+  if (c.backward) {
+    c.backward(views_of(inputs, c.inputs, false), views_of(grads_out, c.outputs, true),
+               views_of(grads_in, c.inputs, true), exec);
+    for (size_t i = 0; i < c.inputs.size(); ++i)
+      result.gradients.push_back(c.inputs[i].differentiable ? grads_in[i].values() : Values());
+  }
+  for (const auto* tensors : {&inputs, &outputs, &grads_out, &grads_in})
+    for (const Tensor& t : *tensors) CHECK_NOTE(t.guards_intact(), c.op, " ", c.variant);
+  for (size_t i = 0; i < c.inputs.size(); ++i)
+    CHECK_NOTE(identical(rows_of(inputs[i].values(), 0, c.inputs[i].rows), given.in[i]), c.op, " ", c.variant,
+               " changed ", c.inputs[i].name);
+  return result;
+}
+
+void check_identical(const std::vector<Values>& a, const std::vector<Values>& b, const std::string& what) {
+  for (size_t i = 0; i < a.size(); ++i) CHECK_NOTE(identical(a[i], b[i]), what, " ", i);
+}
+
+void check_case(const OpCase& c, Worst& worst) {
+  const Inputs given = inputs_of(c);
+  const Result exact = run(c, given, DType::float64, false, 0, {});
+  const std::string name = c.op + " " + c.variant;
+  for (const DType dtype : kTypes)
+    for (const bool strided : {false, true}) {
+      const Result got = run(c, given, dtype, strided, 0, kCuda);
+      for (size_t i = 0; i < got.outputs.size(); ++i)
+        worst.compare(got.outputs[i], exact.outputs[i], dtype, name + " output");
+      for (size_t i = 0; i < got.gradients.size(); ++i)
+        worst.compare(got.gradients[i], exact.gradients[i], dtype, name + " gradient of " + c.inputs[i].name);
+      emulator::set_order(emulator::Order::backward);
+      const Result again = run(c, given, dtype, strided, 0, kCuda);
+      emulator::set_order(emulator::Order::forward);
+      check_identical(again.outputs, got.outputs, name + " in the other order, output");
+      check_identical(again.gradients, got.gradients, name + " in the other order, gradient");
+    }
+}
+
+void check_cases(const std::vector<OpCase>& cases) {
+  Worst worst;
+  for (const OpCase& c : cases) check_case(c, worst);
+}
+
+// The rows that the layout has are as without spare ones; those behind are zero.
+void check_spare(const std::vector<Field>& fields, const std::vector<Values>& got, const std::vector<Values>& wanted,
+                 const std::string& name) {
+  for (size_t i = 0; i < got.size(); ++i) {
+    if (got[i].rows == 0) continue;
+    const int64_t rows = wanted[i].rows, spare = got[i].rows - rows;
+    CHECK_NOTE(identical(rows_of(got[i], 0, rows), wanted[i]), name, " ", fields[i].name);
+    if (spare > 0 && is_field(fields[i]))
+      CHECK_NOTE(identical(rows_of(got[i], rows, spare), Values(spare, got[i].cols)), name, " ", fields[i].name,
+                 ": spare rows are not zero");
+  }
+}
+
+// A tensor with random values, and views of it.
+Tensor random_tensor(int64_t rows, int64_t cols, DType dtype, Random& random) {
+  return Tensor(random_values(rows, cols, random), dtype);
+}
+
+std::string error_of(const std::function<void()>& call) { return message_of<ArgumentError>(call); }
+
+}  // namespace
+
+TEST_CASE(linear_layers) { check_cases(linear_cases()); }
+TEST_CASE(elementwise) { check_cases(elementwise_cases()); }
+TEST_CASE(norms_and_residuals) { check_cases(norm_cases()); }
+TEST_CASE(token_exchange) { check_cases(exchange_cases()); }
+
+TEST_CASE(spare_rows) {
+  int checked = 0;
+  for (const auto& cases : {norm_cases(), exchange_cases()})
+    for (const OpCase& c : cases) {
+      const bool ragged = c.variant.rfind("ragged", 0) == 0 || c.variant.rfind("video", 0) == 0;
+      if (!ragged || c.variant.find("position") != std::string::npos) continue;
+      const Inputs given = inputs_of(c);
+      for (const bool strided : {false, true}) {
+        const Result exact = run(c, given, DType::bfloat16, strided, 0, kCuda);
+        const Result got = run(c, given, DType::bfloat16, strided, 13, kCuda);
+        check_spare(c.outputs, got.outputs, exact.outputs, c.op + " " + c.variant);
+        check_spare(c.inputs, got.gradients, exact.gradients, c.op + "_backward " + c.variant);
+      }
+      ++checked;
+    }
+  CHECK(checked >= 30);
+}
+
+// Wide rows, as models have them, and the modulation in the middle of a wider matrix.
+TEST_CASE(wide_rows) {
+  Worst worst;
+  const HostLayout layout(std::vector<Grid>{{1, 3, 3}, {1, 1, 1}, {1, 5, 7}});
+  const int64_t rows = layout.view().total(), batch = layout.view().batch;
+  for (const int64_t c : {64, 768, 1152, 1536, 1535}) {
+    Random random(static_cast<uint64_t>(c));
+    const Values x = random_values(rows, c, random), modulation = random_values(batch, 6 * c, random),
+                 grad = random_values(rows, c, random);
+    const auto compute = [&](DType dtype, const Execution& exec) {
+      Tensor tx(x, dtype), tm(modulation, dtype), tg(grad, dtype), y(rows, c, dtype), mean(batch, c, dtype),
+          out(rows, c, dtype), grad_x(rows, c, dtype), grad_modulation(batch, 6 * c, dtype);
+      GuardedBytes workspace(row_statistics_workspace(dtype, rows));
+      const auto part = [&](Tensor& t, int64_t i) { return t.view().columns(i * c, c); };
+      modulated_layer_norm(
+          {.x = tx.view(), .shift = part(tm, 3), .scale = part(tm, 4), .layout = layout.view(), .y = y.view()}, exec);
+      modulated_mean({.x = tx.view(),
+                      .shift = part(tm, 0),
+                      .scale = part(tm, 1),
+                      .layout = layout.view(),
+                      .mean = mean.view(),
+                      .workspace = workspace.data()},
+                     exec);
+      gated_residual({.x = tx.view(),
+                      .y = tg.view(),
+                      .gate = part(tm, 2),
+                      .layout = layout.view(),
+                      .out = out.view(),
+                      .shift = {},
+                      .scale = {},
+                      .normed = {}},
+                     exec);
+      modulated_layer_norm_backward({.x = tx.view(),
+                                     .scale = part(tm, 4),
+                                     .layout = layout.view(),
+                                     .grad_y = tg.view(),
+                                     .grad_residual = {},
+                                     .grad_x = grad_x.view(),
+                                     .grad_shift = part(grad_modulation, 3),
+                                     .grad_scale = part(grad_modulation, 4),
+                                     .workspace = workspace.data()},
+                                    exec);
+      CHECK(workspace.intact());
+      Values both(batch, 2 * c);
+      const Values all = grad_modulation.values();
+      for (int64_t b = 0; b < batch; ++b)
+        for (int64_t i = 0; i < 2 * c; ++i) both(b, i) = all(b, 3 * c + i);
+      return std::vector<Values>{y.values(), mean.values(), out.values(), grad_x.values(), both};
+    };
+    const auto exact = compute(DType::float64, {});
+    for (const DType dtype : kTypes) {
+      const auto got = compute(dtype, kCuda);
+      for (size_t i = 0; i < got.size(); ++i)
+        worst.compare(got[i], exact[i], dtype, "C=" + std::to_string(c) + ", result " + std::to_string(i));
+    }
+  }
+}
+
+TEST_CASE(patches) {
+  constexpr int64_t kBatch = 3, kChannels = 4, kHeight = 6, kWidth = 4, kPatch = 2;
+  Random random(1);
+  const int64_t rows = kBatch * (kHeight / kPatch) * (kWidth / kPatch), cols = kChannels * kPatch * kPatch;
+  for (const DType dtype : kTypes)
+    for (const bool channels_last : {false, true}) {
+      Tensor image = random_tensor(kBatch * kChannels * kHeight, kWidth, dtype, random);
+      Tensor back(kBatch * kChannels * kHeight, kWidth, dtype), out(rows, cols, dtype, true);
+      Patches p{image.data(), out.view(), kBatch, kChannels, kHeight, kWidth, kPatch, channels_last};
+      patchify(p, kCuda);
+      const Values got = out.values();
+      if (dtype != DType::float16) {
+        Tensor wanted(rows, cols, dtype);
+        p.rows = wanted.view();
+        patchify(p, {});
+        CHECK(identical(got, wanted.values()));
+      }
+      p.rows = out.view(), p.image = back.data();
+      unpatchify(p, kCuda);
+      CHECK(identical(back.values(), image.values()));
+      CHECK(out.guards_intact() && back.guards_intact());
+    }
+}
+
+TEST_CASE(timesteps) {
+  const std::vector<double> t = {0, 1, 17.5, 499, 999, 1000};
+  const auto compute = [&](DType dtype, const Execution& exec) {
+    Tensor out(6, 256, dtype, true);
+    timestep_embedding({.t = t.data(), .out = out.view()}, exec);
+    CHECK(out.guards_intact());
+    return out.values();
+  };
+  const Values exact = compute(DType::float32, {});
+  CHECK(identical(compute(DType::float32, kCuda), exact));
+  CHECK(identical(compute(DType::bfloat16, kCuda), compute(DType::bfloat16, {})));
+  CHECK(error(compute(DType::float16, kCuda), exact) <= tolerance(DType::float16));
+}
+
+TEST_CASE(labels) {
+  const std::vector<int64_t> labels = {2, 0, 2, 10, 2};
+  Random random(3);
+  for (const int64_t c : {48, 7, 1152})
+    for (const bool strided : {false, true}) {
+      const Values table = random_values(11, c, random), x = random_values(5, c, random);
+      const auto compute = [&](DType dtype, const Execution& exec) {
+        Tensor tt(table, dtype, strided), tx(x, dtype, strided), tg(x, dtype, strided), grad(11, c, dtype, strided);
+        label_embedding({.labels = labels.data(), .table = tt.view(), .x = tx.view()}, exec);
+        label_embedding_backward({.labels = labels.data(), .grad_out = tg.view(), .grad_table = grad.view()}, exec);
+        CHECK(tx.guards_intact() && grad.guards_intact());
+        return std::vector<Values>{tx.values(), grad.values()};
+      };
+      const auto exact = compute(DType::float64, {});
+      for (const DType dtype : kTypes) {
+        const auto got = compute(dtype, kCuda);
+        CHECK(error(got[0], exact[0]) <= tolerance(dtype) && error(got[1], exact[1]) <= tolerance(dtype));
+      }
+    }
+  const std::vector<int64_t> bad = {1, 11, -1};
+  Tensor table = random_tensor(11, 5, DType::float32, random), x = random_tensor(3, 5, DType::float32, random);
+  label_embedding({.labels = bad.data(), .table = table.view(), .x = x.view()}, kCuda);
+  const Values got = x.values();
+  CHECK(!std::isnan(got(0, 0)) && std::isnan(got(1, 0)) && std::isnan(got(2, 4)));
+}
+
+TEST_CASE(selection) {
+  Random random(4);
+  const DensitySchedule schedules[] = {
+      DensitySchedule({{1, 10, 10}, {1, 8, 8}, {1, 7, 7}, {1, 6, 6}}), DensitySchedule({{2, 3, 4}}, 50),
+      DensitySchedule::continuous(0.5, 0.9, {1, 32, 32}), DensitySchedule({{3, 2, 1}, {1, 1, 1}}, {0, 7}, 1000)};
+  for (const DensitySchedule& schedule : schedules)
+    for (const int64_t batch : {0, 1, 5, 32, 255, 256, 257, 700}) {
+      std::vector<double> t;
+      for (int64_t b = 0; b < batch; ++b) {
+        const auto begin = schedule.begins()[size_t(random.below(int64_t(schedule.begins().size())))];
+        const double anywhere = double(random.below(schedule.num_timesteps() * 4 + 1)) / 4;
+        t.push_back(b % 3 == 0 ? double(begin) : b % 3 == 1 ? std::nextafter(double(begin), 0) : anywhere);
+      }
+      std::vector<LayoutRow> got(size_t(batch + 2), {-1, {-1, -1, -1}}), wanted = got;
+      select_tokens({.t = t.data(), .batch = batch, .schedule = &schedule, .table = wanted.data()}, {});
+      select_tokens({.t = t.data(), .batch = batch, .schedule = &schedule, .table = got.data()}, kCuda);
+      for (size_t b = 0; b < got.size(); ++b)
+        CHECK_NOTE(got[b].offset == wanted[b].offset && got[b].grid == wanted[b].grid, "batch ", batch, " sample ", b);
+    }
+  const std::vector<double> odd = {-1, 2000, NAN};
+  LayoutRow table[4];
+  select_tokens({.t = odd.data(), .batch = 3, .schedule = &schedules[0], .table = table}, kCuda);
+  CHECK((table[0].grid == Grid{1, 10, 10}) && (table[1].grid == Grid{1, 6, 6}) && (table[2].grid == Grid{1, 10, 10}));
+  CHECK_EQ(table[3].offset, 236);
+}
+
+// A bias's gradient over many rows is summed in chunks, in the workspace.
+TEST_CASE(column_sums_in_chunks) {
+  Random random(5);
+  const Values x = random_values(1100, 8, random), g = random_values(1100, 40, random),
+               w = random_values(40, 8, random);
+  const auto compute = [&](DType dtype, const Execution& exec) {
+    Tensor tx(x, dtype), tg(g, dtype), tw(w, dtype), grad_weight(40, 8, dtype), grad_bias(1, 40, dtype);
+    GuardedBytes workspace(linear_backward_workspace(dtype, 40, 8));
+    linear_backward({.x = tx.view(),
+                     .weight = tw.view(),
+                     .grad_y = tg.view(),
+                     .grad_x = {},
+                     .grad_weight = grad_weight.view(),
+                     .grad_bias = grad_bias.view(),
+                     .workspace = workspace.data()},
+                    exec);
+    CHECK(workspace.intact());
+    return grad_bias.values();
+  };
+  const Values exact = compute(DType::float64, {});
+  for (const DType dtype : kTypes) CHECK(error(compute(dtype, kCuda), exact) <= tolerance(dtype));
+}
+
+TEST_CASE(errors) {
+  Tensor doubles(4, 8, DType::float64), halves(4, 8, DType::float16), wide(4, 1540, DType::float32);
+  const auto gelu_of = [](Tensor& t, const Execution& exec) {
+    return error_of([&] { gelu({.x = t.view(), .y = t.view()}, exec); });
+  };
+  CHECK_EQ(gelu_of(doubles, kCuda), "gelu: x is float64, which the CUDA backend does not compute with");
+  CHECK_EQ(gelu_of(halves, {}), "gelu: x is float16, which the CPU backend does not compute with");
+  const HostLayout layout(4, Grid{1, 1, 1});
+  const auto wide_norm = [&] {
+    modulated_layer_norm(
+        {.x = wide.view(), .shift = wide.view(), .scale = wide.view(), .layout = layout.view(), .y = wide.view()},
+        kCuda);
+  };
+  CHECK_EQ(error_of(wide_norm), "modulated_layer_norm: rows have 1540 columns, the CUDA backend takes at most 1536");
+
+  std::vector<Grid> grids;
+  for (int i = 1; i <= 65; ++i) grids.push_back({1, 1, i});
+  const DensitySchedule many(grids), huge({{1, 1 << 15, 1 << 15}});
+  std::vector<LayoutRow> table(5);
+  const std::vector<double> t = {1, 2, 3, 4};
+  const auto select = [&](const DensitySchedule& schedule) {
+    return error_of(
+        [&] { select_tokens({.t = t.data(), .batch = 4, .schedule = &schedule, .table = table.data()}, kCuda); });
+  };
+  CHECK_EQ(select(many), "select_tokens: schedule has 65 segments, the CUDA backend takes at most 64");
+  CHECK_NOTE(select(huge).find("2^31 - 1") != std::string::npos, select(huge));
+
+  const int64_t batch = 70000;  // more than a grid's second side can have
+  const HostLayout many_samples(batch, Grid{1, 1, 1});
+  Tensor rows(batch, 1, DType::float32), vectors(batch, 1, DType::float32);
+  const auto message = message_of<DeviceError>([&] {
+    gated_residual_backward({.y = rows.view(),
+                             .gate = vectors.view(),
+                             .layout = many_samples.view(),
+                             .grad_out = rows.view(),
+                             .grad_y = rows.view(),
+                             .grad_gate = vectors.view()},
+                            kCuda);
+  });
+  CHECK_NOTE(message.find("gated_residual_backward on [70000, 1]: CUDA says \"invalid configuration argument\"") == 0,
+             message);
+}
