@@ -55,7 +55,8 @@ __global__ void __launch_bounds__(kColumnThreads) columns_kernel(Job job, int co
     for (int64_t r = spare.begin + sample * kRows + turn; r < spare.end; r += int64_t{gridDim.y} * kRows)
       job.template clear<T, V>(r, column);
   }
-  for (Sums<V>& s : sums) add_over_rows(s);
+#pragma unroll
+  for (int i = 0; i < Job::kSums; ++i) add_over_rows(sums[i]);
   if (inside && turn == 0) job.template finish<T, V>(sums, sample, column);
 }
 
