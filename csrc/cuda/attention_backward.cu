@@ -249,15 +249,17 @@ void attention_backward(const AttentionBackward& p, const Execution& exec) {
                          view_of<T>(p.grad_k),
                          view_of<T>(p.grad_v)};
     with_bucket(queries.head_size, [&](auto head) {
-      constexpr bool kSingle = std::is_same_v<T, float>;
-      constexpr int kStream = !kSingle && head() <= 72 ? 64 : kSingle && head() == 128 ? 16 : 32;
-      constexpr int kBlocks = kSingle ? 1 : 2;
+      constexpr bool kSingle = std::is_same_v<T, float>, kWide = head() == 128;
+      constexpr int kWarps = kSingle ? 2 : 4, kStream = kSingle && kWide ? 16 : 32;
+      // Blocks per multiprocessor: as many as leave enough registers.
       if (p.grad_q)
-        launch_grad_q<Shape<T, head(), kSingle ? 2 : 4, 1, kStream>, kBlocks>(
-            {"attention_backward", p.q.rows, p.q.cols}, backward, exec);
+        launch_grad_q<Shape<T, head(), kWarps, 1, kStream>, kSingle ? 1
+                                                            : kWide ? 2
+                                                                    : 3>({"attention_backward", p.q.rows, p.q.cols},
+                                                                         backward, exec);
       backward.g = keys;
       if (p.grad_k || p.grad_v)
-        launch_grad_kv<Shape<T, head(), kSingle ? 2 : 4, 1, kStream>, kBlocks>(
+        launch_grad_kv<Shape<T, head(), kWarps, 1, kSingle || kWide ? kStream : 64>, kSingle ? 1 : 2>(
             {"attention_backward", p.k.rows, p.k.cols}, backward, exec);
     });
   });

@@ -148,13 +148,25 @@ __device__ __forceinline__ void load_chunk(T* to, const T* from, bool valid, boo
   }
 }
 
+// threadIdx.x as something new at every call: what follows from it is computed again rather than kept in registers
+// through a loop that has none to spare.
+__device__ __forceinline__ int thread_again() {
+#ifdef FLEXDIT_EMULATED
+  return static_cast<int>(threadIdx.x);
+#else
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+#endif
+}
+
 // Rows [0, count) of m, then zeros up to kRows. Eight threads side by side take 128 bytes of a row, so that a thread's
 // addresses differ by constants; what is left of the rows comes last.
 template <class S, int kRows, class T>
 __device__ __forceinline__ void load_tile(T* tile, const View<T>& m, int count, int head_size) {
   constexpr int kChunks = S::kHead / kVector<T>, kRest = kChunks % 8, kStep = S::kThreads / 8;
   static_assert(kRows % kStep == 0);
-  const int thread = static_cast<int>(threadIdx.x);
+  const int thread = thread_again();
   {
     const int row = thread / 8, column = thread % 8 * kVector<T>;
     T* to = tile + row * S::kStride + column;
