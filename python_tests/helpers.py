@@ -122,8 +122,8 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Ten
 
 def flexdit_config(**overrides) -> FlexDiTConfig:
     """make_config's small model as a FlexDiTConfig."""
-    values = make_config(**overrides)
-    return FlexDiTConfig(**{field.name: getattr(values, field.name) for field in fields(FlexDiTConfig)})
+    values = vars(make_config())
+    return FlexDiTConfig(**{field.name: values[field.name] for field in fields(FlexDiTConfig)} | overrides)
 
 
 def random_model(dtype: torch.dtype = torch.float32, seed: int = 0, **overrides) -> FlexDiT:

@@ -87,9 +87,7 @@ inline int64_t row_of(const Grid& g, int64_t n) { return n / g.width % g.height;
 inline int64_t column_of(const Grid& g, int64_t n) { return n % g.width; }
 
 // floor(i n / m) <= j < ceil((i + 1) n / m), method.md's window, in exact integers.
-inline bool in_window(int64_t j, int64_t i, int64_t n, int64_t m) {
-  return j >= i * n / m && j * m < (i + 1) * n;
-}
+inline bool in_window(int64_t j, int64_t i, int64_t n, int64_t m) { return j >= i * n / m && j * m < (i + 1) * n; }
 
 // `position` may be empty.
 inline Values pool_tokens(const Values& x, const Values& position, const Grids& grids, const Grids& sparse_grids) {
@@ -120,7 +118,8 @@ inline Values gather_sparse(const Values& s, const Values& x, const Values& posi
     const Grid &dense = grids[size_t(b)], &sparse = sparse_grids[size_t(b)];
     if (n == 0 && b > 0) first += sparse_grids[size_t(b - 1)].tokens();
     const int64_t source = (frame_of(dense, n) * sparse.frames / dense.frames * sparse.height +
-                            row_of(dense, n) * sparse.height / dense.height) * sparse.width +
+                            row_of(dense, n) * sparse.height / dense.height) *
+                               sparse.width +
                            column_of(dense, n) * sparse.width / dense.width;
     for (int64_t i = 0; i < x.cols; ++i) out(r, i) += s(first + source, i) + (position.rows ? position(n, i) : 0);
   });

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <memory>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "flexdit/ops.h"
@@ -24,12 +25,24 @@ class Random {
     return z ^ (z >> 31);
   }
   int64_t below(int64_t n) { return static_cast<int64_t>(next() % static_cast<uint64_t>(n)); }
-  // A multiple of 1/64 in [-1, 1]: every storage type holds it exactly, so all compute with the same inputs.
-  double value() { return static_cast<double>(below(129) - 64) / 64; }
+  // In (-1, 1), with the 8 significant bits that every storage type holds: all compute with the same inputs.
+  double value() { return std::ldexp(static_cast<double>(128 + below(128)), -8 - static_cast<int>(below(6))) * sign(); }
+  double sign() { return below(2) ? 1 : -1; }
 
  private:
   uint64_t state_;
 };
+
+// The message of the ArgumentError that `body` throws, or an empty text.
+template <class Body>
+std::string argument_error(Body&& body) {
+  try {
+    body();
+  } catch (const ArgumentError& error) {
+    return error.what();
+  }
+  return "";
+}
 
 struct Values {
   int64_t rows = 0, cols = 0;
@@ -74,10 +87,13 @@ constexpr unsigned char kPoison = 0xff;  // as bytes of any floating point type:
 class Tensor {
  public:
   Tensor(int64_t rows, int64_t cols, DType dtype, bool strided = false)
-      : rows_(rows), cols_(cols), left_(strided ? 3 : 0), stride_(strided ? cols + 8 : cols), dtype_(dtype),
+      : rows_(rows),
+        cols_(cols),
+        left_(strided ? 3 : 0),
+        stride_(strided ? cols + 8 : cols),
+        dtype_(dtype),
         bytes_(static_cast<size_t>((rows + 2) * stride_ * size_of(dtype)), kPoison) {}
-  Tensor(const Values& values, DType dtype, bool strided = false)
-      : Tensor(values.rows, values.cols, dtype, strided) {
+  Tensor(const Values& values, DType dtype, bool strided = false) : Tensor(values.rows, values.cols, dtype, strided) {
     for (int64_t i = 0; i < rows_; ++i)
       for (int64_t j = 0; j < cols_; ++j) write(at(i, j), dtype, values(i, j));
   }
@@ -93,8 +109,8 @@ class Tensor {
   bool guards_intact() const {
     const int64_t row = stride_ * size_of(dtype_), begin = left_ * size_of(dtype_);
     for (int64_t k = 0; k < static_cast<int64_t>(bytes_.size()); ++k) {
-      const bool inside = k >= row && k < (rows_ + 1) * row && k % row >= begin &&
-                          k % row < begin + cols_ * size_of(dtype_);
+      const bool inside =
+          k >= row && k < (rows_ + 1) * row && k % row >= begin && k % row < begin + cols_ * size_of(dtype_);
       if (!inside && bytes_[static_cast<size_t>(k)] != kPoison) return false;
     }
     return true;
@@ -156,7 +172,7 @@ inline Values rows_of(const Values& x, int64_t first, int64_t count) {
 
 // Derivative of loss() along `direction` at x, which is left as it was: central differences of fourth order.
 template <class Loss>
-double derivative(Values& x, const Values& direction, Loss&& loss, double step = 1e-3) {
+double derivative(Values& x, const Values& direction, Loss&& loss, double step = 5e-4) {
   const Values at = x;
   const auto moved = [&](double by) {
     for (size_t i = 0; i < x.v.size(); ++i) x.v[i] = at.v[i] + by * direction.v[i];

@@ -1,0 +1,57 @@
+// One operation on one set of sizes: its fields, a naive twin, and how to call it. ops_test.cpp runs them all.
+#pragma once
+
+#include <functional>
+#include <string>
+
+#include "naive.h"
+
+namespace flexdit::test {
+
+struct Field {
+  const char* name;
+  int64_t rows, cols;
+  bool differentiable = true;  // of an input: backward writes its gradient; of an output: it has one
+  bool sizes = false;          // the operation takes its sizes from this field, so others are blamed when it is cut
+  bool optional = false;
+  bool accumulation = false;  // stored in the accumulation type
+};
+
+// Fields of a case that its operation does not have: the output that starts as a copy of it, and an output that is
+// a copy of an input, whose gradient is what `+=` finds.
+constexpr const char* kStart = "(start)";
+constexpr const char* kCopy = "(copy)";
+inline bool is_field(const Field& field) { return field.name[0] != '('; }
+
+using Views = std::vector<Matrix>;
+
+struct OpCase {
+  std::string op, variant;
+  std::vector<Field> inputs, outputs;
+  std::function<std::vector<Values>(const std::vector<Values>& in)> naive;
+  std::function<void(const Views& in, const Views& out, const Execution&)> forward;
+  // grad_out and grad_in have a view for every output and input; those without a gradient are empty.
+  std::function<void(const Views& in, const Views& grad_out, const Views& grad_in, const Execution&)> backward = {};
+  bool in_place = false;  // backward copies between fields before it calls the operation
+  bool large = false;     // so large that finite differences are taken in a few directions only
+};
+
+// A batch: dense grids, and the sparse grids that they exchange tokens with.
+struct Batch {
+  const char* name;
+  naive::Grids dense, sparse;
+
+  HostLayout layout() const { return HostLayout(dense); }
+  HostLayout sparse_layout() const { return HostLayout(sparse); }
+  int64_t size() const { return static_cast<int64_t>(dense.size()); }
+  int64_t rows() const { return naive::total(dense); }
+  int64_t sparse_rows() const { return naive::total(sparse); }
+};
+
+std::vector<OpCase> linear_cases();
+std::vector<OpCase> elementwise_cases();
+std::vector<OpCase> norm_cases();
+std::vector<OpCase> exchange_cases();
+std::vector<OpCase> attention_cases();
+
+}  // namespace flexdit::test
