@@ -1,7 +1,8 @@
 """Custom ops of whole blocks and of the model's two ends: one autograd node each, forward and backward in C++.
 
 Internal: flexdit_ext.model is the interface. Parameters travel as lists in the order of the C++ library
-(_C.block_parameters; csrc/include/flexdit/block.h for the ends).
+(_C.block_parameters; csrc/include/flexdit/block.h for the ends). Tensors are made contiguous: oneDNN sums strided
+float32 rows in another order, and a sample's result must not depend on how its batch came in.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _C
-from ._core import empty_rows, require_cpu, rows, threads, workspace
+from ._core import empty_rows, require_cpu, threads, workspace
 
 custom_op = torch.library.custom_op
 
@@ -57,8 +58,8 @@ def block(
 ) -> tuple[Tensor, Tensor]:
     """Returns the block's tokens and the context for backward (empty unless `save`)."""
     require_cpu("block", parameters, x=x, other=other, condition=condition, position=position)
-    x, condition = rows(x), rows(condition)
-    other = None if other is None else rows(other)
+    x, condition = x.contiguous(), condition.contiguous()
+    other = None if other is None else other.contiguous()
     _, inference, training, _ = _bytes(kind, parameters, num_heads, x, other, condition)
     out = empty_rows(x, *x.shape)
     context = _empty_context(kind, parameters, num_heads, x, other, condition, save)
@@ -131,8 +132,8 @@ def block_backward(
     needed: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of x, condition, other (if there is one) and the parameters that are `needed`."""
-    x, condition = rows(x), rows(condition)
-    other = None if other is None else rows(other)
+    x, condition = x.contiguous(), condition.contiguous()
+    other = None if other is None else other.contiguous()
     grad_x, grad_condition = empty_rows(x, *x.shape), empty_rows(x, *condition.shape)
     grad_other = None if other is None else empty_rows(x, *other.shape)
     gradients = _gradients(parameters, needed)
@@ -146,7 +147,7 @@ def block_backward(
         table,
         other_table,
         context,
-        rows(grad_out),
+        grad_out.contiguous(),
         grad_x,
         grad_other,
         grad_condition,
@@ -245,7 +246,7 @@ def condition_backward(
     gradients = _gradients(parameters, needed)
     scratch = workspace(_C.condition_workspace(features, grad_out.shape[1]))
     labels = _labels(y, dropped, parameters[4].shape[0])
-    _C.condition_backward(_weights(parameters), features, labels, rows(grad_out), gradients, scratch, threads())
+    _C.condition_backward(_weights(parameters), features, labels, grad_out.contiguous(), gradients, scratch, threads())
     return [g for g in gradients if g is not None]
 
 
@@ -309,7 +310,7 @@ def patch_embed_backward(
     scratch = workspace(_C.patch_embed_workspace(patches, weight.shape[0]))
     image = _patches(like, weight.shape[2], False)
     _C.patch_embed_backward(
-        _weights([weight, bias]), patches, image, table, rows(grad_out), grad_x, gradients, scratch, threads()
+        _weights([weight, bias]), patches, image, table, grad_out.contiguous(), grad_x, gradients, scratch, threads()
     )
     return [g for g in (grad_x, *gradients) if g is not None]
 
@@ -343,7 +344,7 @@ def final_layer(
 ) -> Tensor:
     """Tokens [R, C] to images [B, channels, side, side]."""
     require_cpu("final_layer", parameters, x=x, condition=condition)
-    x, condition = rows(x), rows(condition)
+    x, condition = x.contiguous(), condition.contiguous()
     out = empty_rows(x, condition.shape[0], channels, side, side)
     patches = empty_rows(x, x.shape[0], parameters[2].shape[0])
     scratch = workspace(_C.final_layer_workspace(x, condition.shape[0], patches.shape[1]))
@@ -369,7 +370,7 @@ def final_layer_backward(
     needed: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of x, condition and the parameters that are `needed`."""
-    x, condition, grad_out = rows(x), rows(condition), grad_out.contiguous()
+    x, condition, grad_out = x.contiguous(), condition.contiguous(), grad_out.contiguous()
     grad_x, grad_condition = empty_rows(x, *x.shape), empty_rows(x, *condition.shape)
     gradients = _gradients(parameters, needed)
     patches = empty_rows(x, x.shape[0], parameters[2].shape[0])

@@ -215,7 +215,7 @@ class FlexDiT(nn.Module):
     def _sparse_layout(self, batch: int, t: Tensor, grid) -> TokenLayout | None:
         if grid is None:
             return ops.select_tokens(t, self.schedule) if self.config.num_sdtm else None
-        if isinstance(grid, (tuple, list)) and grid and isinstance(grid[0], (tuple, list)):
+        if isinstance(grid, (tuple, list)) and (isinstance(grid[0], (tuple, list)) if grid else batch == 0):
             if len(grid) != batch:
                 raise ValueError(f"grid lists {len(grid)} grids, must list one for each of the {batch} samples")
             return TokenLayout([self._checked(f"grid[{i}]", one) for i, one in enumerate(grid)])

@@ -152,7 +152,7 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, layout: TokenLayout) -> T
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     require_cpu("linear", x=x, weight=weight, bias=bias)
     y = empty_rows(x, x.shape[0], weight.shape[0])
-    _C.linear(rows(x), rows(weight), bias.contiguous(), y, threads())
+    _C.linear(x.contiguous(), weight.contiguous(), bias.contiguous(), y, threads())
     return y
 
 
@@ -163,11 +163,11 @@ def _(x, weight, bias):
 
 @custom_op("flexdit_ext::linear_backward", mutates_args=())
 def _linear_backward(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    x, weight = rows(x), rows(weight)
+    x, weight = x.contiguous(), weight.contiguous()
     grad_x, grad_weight = empty_rows(x, *x.shape), empty_rows(x, *weight.shape)
     grad_bias = empty_rows(x, weight.shape[0])
     scratch = workspace(_C.linear_backward_workspace(weight))
-    _C.linear_backward(x, weight, rows(grad), grad_x, grad_weight, grad_bias, scratch, threads())
+    _C.linear_backward(x, weight, grad.contiguous(), grad_x, grad_weight, grad_bias, scratch, threads())
     return grad_x, grad_weight, grad_bias
 
 
