@@ -29,29 +29,31 @@ def demo_section() -> str:
     if not path.exists():
         return MISSING
     report = json.loads(path.read_text())
-    rows = []
-    for name, key in (("dense DiT", "dense"), ("FlexDiT", "flexdit")):
-        values = report[key]
-        rows.append(
-            [
-                name,
-                f"{values['macs'] / 1e6:.1f} M",
-                f"{values['images_per_s']:.0f}",
-                f"{100 * values['accuracy']:.1f}%",
-                f"{values['frechet']:.1f}",
-            ]
-        )
-    rows.append(
+    macs, rates, accuracy = report["macs"], report["images_per_second"], report["accuracy"]
+    distance, machine = report["frechet_distance"], report["hardware"]
+    rows = [
         [
-            "held-out real digits",
-            "",
-            "",
-            f"{100 * report['held_out']['accuracy']:.1f}%",
-            f"{report['held_out']['frechet']:.1f}",
+            name,
+            f"{macs[key] / 1e6:.1f} M",
+            f"{rates[key]:.0f}",
+            f"{accuracy[key]:.1%}",
+            f"{distance[key]:.2f}",
         ]
+        for name, key in (("dense DiT", "dense"), ("FlexDiT", "flexdit"))
+    ]
+    rows.append(["held-out real digits", "", "", f"{accuracy['held_out']:.1%}", f"{distance['held_out']:.2f}"])
+    headers = [
+        "",
+        "MACs per image and pass",
+        "images/s",
+        "classifier's accuracy",
+        "Fréchet distance to the training digits",
+    ]
+    return (
+        f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, seed {report['seed']}; "
+        f"{report['training']['steps']} training steps each, {report['sampling']['steps']} sampling steps with guidance.\n\n"
+        + table(headers, rows)
     )
-    headers = ["", "MACs / image and step", "images/s", "classifier agrees", "Fréchet distance"]
-    return f"{report['hardware']}, {report['date']}, seed {report['seed']}.\n\n" + table(headers, rows)
 
 
 def gpu_section() -> str:

@@ -1,7 +1,7 @@
 """FlexDiT: diffusion transformers with dynamic token density (arXiv 2412.06028), for training and inference."""
 
 from . import _core as _core  # registers dtypes with the C++ library
-from . import ops
+from . import convert, diffusion, ops, reference
 from .config import FlexDiTConfig
 from .layout import TokenLayout
 from .model import FlexDiT
@@ -15,6 +15,9 @@ __all__ = [
     "FlexDiTConfig",
     "TokenLayout",
     "__version__",
+    "convert",
+    "diffusion",
     "ops",
+    "reference",
     "sample",
 ]

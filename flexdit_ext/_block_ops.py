@@ -1,7 +1,8 @@
 """Custom ops of whole blocks and of the model's two ends: one autograd node each, forward and backward in C++.
 
 Internal: flexdit_ext.model is the interface. Parameters travel as lists in the order of the C++ library
-(_C.block_parameters; csrc/include/flexdit/block.h for the ends).
+(_C.block_parameters; csrc/include/flexdit/block.h for the ends). Tensors are made contiguous: oneDNN sums strided
+float32 rows in another order, and a sample's result must not depend on how its batch came in.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _C
-from ._core import empty_rows, require_cpu, rows, threads, workspace
+from ._core import empty_rows, require_cpu, threads, workspace
 
 custom_op = torch.library.custom_op
 
@@ -56,9 +57,9 @@ def block(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """Returns the block's tokens and the context for backward (empty unless `save`)."""
-    require_cpu("block", x=x, other=other, condition=condition, weight=parameters[0])
-    x, condition = rows(x), rows(condition)
-    other = None if other is None else rows(other)
+    require_cpu("block", parameters, x=x, other=other, condition=condition, position=position)
+    x, condition = x.contiguous(), condition.contiguous()
+    other = None if other is None else other.contiguous()
     _, inference, training, _ = _bytes(kind, parameters, num_heads, x, other, condition)
     out = empty_rows(x, *x.shape)
     context = _empty_context(kind, parameters, num_heads, x, other, condition, save)
@@ -131,8 +132,8 @@ def block_backward(
     needed: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of x, condition, other (if there is one) and the parameters that are `needed`."""
-    x, condition = rows(x), rows(condition)
-    other = None if other is None else rows(other)
+    x, condition = x.contiguous(), condition.contiguous()
+    other = None if other is None else other.contiguous()
     grad_x, grad_condition = empty_rows(x, *x.shape), empty_rows(x, *condition.shape)
     grad_other = None if other is None else empty_rows(x, *other.shape)
     gradients = _gradients(parameters, needed)
@@ -146,7 +147,7 @@ def block_backward(
         table,
         other_table,
         context,
-        rows(grad_out),
+        grad_out.contiguous(),
         grad_x,
         grad_other,
         grad_condition,
@@ -201,56 +202,68 @@ def _check_values(t: Tensor, y: Tensor, num_timesteps: int, num_labels: int) -> 
     if bad.any():
         i = int(bad.nonzero()[0])
         raise ValueError(f"t[{i}] is {t[i].item()}, must lie in [0, {num_timesteps}]")
+    y = y.long()  # narrow integers cannot be compared with num_labels
     bad = (y < 0) | (y >= num_labels)
     if bad.any():
         i = int(bad.nonzero()[0])
         raise ValueError(f"y[{i}] is {int(y[i])}, must lie in [0, {num_labels})")
 
 
+def _labels(y: Tensor, dropped: Tensor | None, num_labels: int) -> Tensor:
+    """int64 labels, the null class, the last one, where they are dropped."""
+    return y.long().contiguous() if dropped is None else torch.where(dropped, num_labels - 1, y.long())
+
+
 @custom_op("flexdit_ext::condition", mutates_args=())
-def condition(t: Tensor, y: Tensor, parameters: Sequence[Tensor], num_timesteps: int) -> Tensor:
-    """t_emb + y_emb [B, C]. Raises ValueError for values of t and y out of range."""
-    require_cpu("condition", t=t, y=y, weight=parameters[0])
+def condition(t: Tensor, y: Tensor, dropped: Tensor | None, parameters: Sequence[Tensor], num_timesteps: int) -> Tensor:
+    """t_emb + y_emb [B, C], the null class's y_emb where `dropped`. Raises ValueError for values of t and y out of
+    range, dropped or not."""
+    require_cpu("condition", parameters, t=t, y=y)
     _check_values(t, y, num_timesteps, parameters[4].shape[0])
     features = timestep_features(t, parameters[0].dtype)
     out = empty_rows(features, t.shape[0], parameters[0].shape[0])
     scratch = workspace(_C.condition_workspace(features, out.shape[1]))
-    _C.condition_forward(_weights(parameters), features, y.long().contiguous(), out, scratch, threads())
+    labels = _labels(y, dropped, parameters[4].shape[0])
+    _C.condition_forward(_weights(parameters), features, labels, out, scratch, threads())
     return out
 
 
 @condition.register_fake
-def _(t, y, parameters, num_timesteps):
+def _(t, y, dropped, parameters, num_timesteps):
     return parameters[0].new_empty(t.shape[0], parameters[0].shape[0])
 
 
 @custom_op("flexdit_ext::condition_backward", mutates_args=())
 def condition_backward(
-    t: Tensor, y: Tensor, parameters: Sequence[Tensor], grad_out: Tensor, needed: Sequence[bool]
+    t: Tensor,
+    y: Tensor,
+    dropped: Tensor | None,
+    parameters: Sequence[Tensor],
+    grad_out: Tensor,
+    needed: Sequence[bool],
 ) -> list[Tensor]:
     features = timestep_features(t, parameters[0].dtype)
     gradients = _gradients(parameters, needed)
     scratch = workspace(_C.condition_workspace(features, grad_out.shape[1]))
-    _C.condition_backward(
-        _weights(parameters), features, y.long().contiguous(), rows(grad_out), gradients, scratch, threads()
-    )
+    labels = _labels(y, dropped, parameters[4].shape[0])
+    _C.condition_backward(_weights(parameters), features, labels, grad_out.contiguous(), gradients, scratch, threads())
     return [g for g in gradients if g is not None]
 
 
 @condition_backward.register_fake
-def _(t, y, parameters, grad_out, needed):
+def _(t, y, dropped, parameters, grad_out, needed):
     return [torch.empty_like(p) for p, need in zip(parameters, needed, strict=True) if need]
 
 
 def _save_condition(ctx, inputs, output):
-    t, y, parameters, _ = inputs
-    ctx.save_for_backward(t, y, *parameters)
+    t, y, dropped, parameters, _ = inputs
+    ctx.save_for_backward(t, y, dropped, *parameters)
 
 
 def _condition_gradient(ctx, grad_out):
-    t, y, *parameters = ctx.saved_tensors
-    needed = list(ctx.needs_input_grad[2])
-    return None, None, _fill(needed, condition_backward(t, y, parameters, grad_out, needed)), None
+    t, y, dropped, *parameters = ctx.saved_tensors
+    needed = list(ctx.needs_input_grad[3])
+    return None, None, None, _fill(needed, condition_backward(t, y, dropped, parameters, grad_out, needed)), None
 
 
 condition.register_autograd(_condition_gradient, setup_context=_save_condition)
@@ -270,7 +283,7 @@ def _num_patches(image: Tensor, patch: int) -> int:
 @custom_op("flexdit_ext::patch_embed", mutates_args=())
 def patch_embed(x: Tensor, weight: Tensor, bias: Tensor, position: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     """Images [B, in, H, W] to tokens [R, C] with position, and the patches [R, in * p * p] for backward."""
-    require_cpu("patch_embed", x=x, weight=weight, position=position)
+    require_cpu("patch_embed", [weight, bias], x=x, position=position)
     patch = weight.shape[2]
     count = _num_patches(x, patch)
     patches, out = empty_rows(x, count, weight[0].numel()), empty_rows(x, count, weight.shape[0])
@@ -297,7 +310,7 @@ def patch_embed_backward(
     scratch = workspace(_C.patch_embed_workspace(patches, weight.shape[0]))
     image = _patches(like, weight.shape[2], False)
     _C.patch_embed_backward(
-        _weights([weight, bias]), patches, image, table, rows(grad_out), grad_x, gradients, scratch, threads()
+        _weights([weight, bias]), patches, image, table, grad_out.contiguous(), grad_x, gradients, scratch, threads()
     )
     return [g for g in (grad_x, *gradients) if g is not None]
 
@@ -330,8 +343,8 @@ def final_layer(
     parameters: Sequence[Tensor], x: Tensor, condition: Tensor, table: Tensor, channels: int, side: int, patch: int
 ) -> Tensor:
     """Tokens [R, C] to images [B, channels, side, side]."""
-    require_cpu("final_layer", x=x, condition=condition, weight=parameters[0])
-    x, condition = rows(x), rows(condition)
+    require_cpu("final_layer", parameters, x=x, condition=condition)
+    x, condition = x.contiguous(), condition.contiguous()
     out = empty_rows(x, condition.shape[0], channels, side, side)
     patches = empty_rows(x, x.shape[0], parameters[2].shape[0])
     scratch = workspace(_C.final_layer_workspace(x, condition.shape[0], patches.shape[1]))
@@ -357,7 +370,7 @@ def final_layer_backward(
     needed: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of x, condition and the parameters that are `needed`."""
-    x, condition, grad_out = rows(x), rows(condition), grad_out.contiguous()
+    x, condition, grad_out = x.contiguous(), condition.contiguous(), grad_out.contiguous()
     grad_x, grad_condition = empty_rows(x, *x.shape), empty_rows(x, *condition.shape)
     gradients = _gradients(parameters, needed)
     patches = empty_rows(x, x.shape[0], parameters[2].shape[0])

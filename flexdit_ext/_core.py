@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ def threads() -> int:
 
 def workspace(nbytes: int) -> Tensor:
     """Scratch memory of this thread, valid until its next op. Kept, because fresh pages cost more than most ops."""
+    nbytes = max(nbytes, 64)  # an empty tensor has no address
     kept = getattr(_local, "workspace", None)
     if kept is None or kept.numel() < nbytes:
         _local.workspace = None  # give the old one back first
@@ -40,8 +42,8 @@ def empty_rows(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device)
 
 
-def require_cpu(op: str, **tensors: Tensor | None) -> None:
+def require_cpu(op: str, parameters: Sequence[Tensor] = (), **tensors: Tensor | None) -> None:
     """This build computes on the CPU only; a tensor elsewhere must not be read as if it were there."""
-    for name, tensor in tensors.items():
+    for name, tensor in (*tensors.items(), *((f"parameters[{i}]", p) for i, p in enumerate(parameters))):
         if tensor is not None and tensor.device.type != "cpu":
             raise ValueError(f"{op}: {name} is on {tensor.device}, this build of flexdit_ext computes on the CPU only")

@@ -21,6 +21,13 @@ def cast(tensors: list[Tensor | None], dtype: torch.dtype | None) -> list[Tensor
     return tensors if dtype is None else [None if x is None else x.to(dtype) for x in tensors]
 
 
+def require_device(device: torch.device, parameters: list[Tensor]) -> None:
+    """All parameters of a call where the tokens are; torch would not notice one on the meta device."""
+    for i, parameter in enumerate(parameters):
+        if parameter.device != device:
+            raise ValueError(f"parameters[{i}] is on {parameter.device}, the tokens on {device}: they must agree")
+
+
 class Mlp(nn.Module):
     """fc2(GELU_tanh(fc1(x))), computed inside the block."""
 
@@ -63,10 +70,14 @@ class Block(nn.Module):
 
     kind: int  # _C.BlockKind as a plain int, which torch.compile can read
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_hidden_size: int, attention: nn.Module):
+    def __init__(
+        self, hidden_size: int, num_heads: int, mlp_hidden_size: int, attention: nn.Module, **merging: nn.Linear
+    ):
         super().__init__()
         self.num_heads = num_heads
         self.modulation = nn.Linear(hidden_size, 6 * hidden_size)
+        for name, layer in merging.items():  # here, so that the state_dict has the C++ library's order
+            self.add_module(name, layer)
         self.attn = attention
         self.mlp = Mlp(hidden_size, mlp_hidden_size)
 
@@ -84,6 +95,7 @@ class Block(nn.Module):
         position: Tensor | None = None,
     ) -> Tensor:
         parameters = [parameter for layer in self.linears() for parameter in (layer.weight, layer.bias)]
+        require_device(x.device, parameters)
         dtype = autocast_dtype(x)
         x, condition, other, position = cast([x, condition, other, position], dtype)
         parameters = cast(parameters, dtype)
@@ -152,9 +164,8 @@ class RecoveryBlock(Block):
     kind = int(_C.BlockKind.recovery)
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_hidden_size: int):
-        super().__init__(hidden_size, num_heads, mlp_hidden_size, CrossAttention(hidden_size))
-        self.from_sparse = nn.Linear(hidden_size, hidden_size)
-        self.from_dense = nn.Linear(hidden_size, hidden_size)
+        merging = {name: nn.Linear(hidden_size, hidden_size) for name in ("from_sparse", "from_dense")}
+        super().__init__(hidden_size, num_heads, mlp_hidden_size, CrossAttention(hidden_size), **merging)
 
     def linears(self) -> list[nn.Linear]:
         modulation, *rest = super().linears()

@@ -33,7 +33,8 @@ def save_pretrained(model: FlexDiT, directory: str | os.PathLike) -> None:
 
     The configuration also goes into the safetensors file's metadata (key "config"), so that file alone can be loaded.
     All or nothing: a failure (full disk, no permission, Ctrl-C) leaves the previous checkpoint or the whole new one,
-    and no temporary files. Raises OSError, TypeError if `model` is no FlexDiT.
+    and no temporary files; a killed process may leave a directory .saving-*, which can be deleted.
+    Raises OSError, TypeError if `model` is no FlexDiT.
     """
     config = getattr(model, "config", None)
     if not isinstance(model, torch.nn.Module) or not isinstance(config, FlexDiTConfig):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from . import _C
-from .schedule import DensitySchedule, Grid
+from ._arguments import Grid
+from .schedule import DensitySchedule
 
 _POSITIVE = ("input_size", "patch_size", "in_channels", "hidden_size", "num_heads", "num_classes")
 _COUNTS = ("num_pooling_blocks", "num_sdtm", "num_dense_blocks")
@@ -96,8 +98,8 @@ class FlexDiTConfig:
             raise ValueError(f"class_dropout_prob is {self.class_dropout_prob}, must be at least 0 and below 1")
         if isinstance(self.mlp_ratio, bool) or not isinstance(self.mlp_ratio, (int, float)):
             raise TypeError(f"mlp_ratio is {self.mlp_ratio!r}, must be a number")
-        if not self.mlp_ratio > 0 or self.mlp_hidden_size < 1:
-            raise ValueError(f"mlp_ratio is {self.mlp_ratio}, must be positive and give at least one unit")
+        if not 0 < self.mlp_ratio < math.inf or self.mlp_hidden_size < 1:
+            raise ValueError(f"mlp_ratio is {self.mlp_ratio}, must be finite and give at least one unit")
 
     def _check_schedule(self):
         if self.schedule is None:

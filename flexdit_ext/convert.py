@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ._arguments import Grid
 from ._state_dict import (
     DIFFUSERS,
     DIFFUSERS_PARTS,
@@ -33,7 +34,7 @@ from ._state_dict import (
 from .checkpoint import build_model, load_state_dict_file, select_state_dict
 from .config import FlexDiTConfig
 from .model import FlexDiT, sincos_position_embedding
-from .schedule import DensitySchedule, Grid
+from .schedule import DensitySchedule
 
 _LAYOUT = ("num_pooling_blocks", "num_sdtm", "sdtm_blocks", "num_dense_blocks")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .schedule import Grid, check_grid
+from ._arguments import Grid, check_grid, check_grids, check_tensor
 
 
 class TokenLayout:
@@ -24,9 +24,8 @@ class TokenLayout:
     """
 
     def __init__(self, grids: Sequence[Grid]):
-        grids = [check_grid(f"grids[{i}]", grid) for i, grid in enumerate(grids)]
         table, rows = [], 0
-        for grid in grids:
+        for grid in check_grids("grids", grids):
             frames, height, width = (1, *grid)[-3:]
             table.append([rows, frames, height, width])
             rows += frames * height * width
@@ -38,6 +37,11 @@ class TokenLayout:
     @classmethod
     def of(cls, table: Tensor, rows: int) -> TokenLayout:
         """A layout from its table, with buffers of `rows` rows."""
+        check_tensor("table", table)
+        if table.dtype != torch.int32 or table.device.type != "cpu":
+            raise TypeError(f"table is {table.dtype} on {table.device}, must be torch.int32 on the CPU")
+        if table.dim() != 2 or table.shape[0] < 1 or table.shape[1] != 4 or not table.is_contiguous():
+            raise ValueError(f"table has shape {tuple(table.shape)}, must be [B + 1, 4] and contiguous")
         layout = cls.__new__(cls)
         layout.table, layout.rows = table, rows
         return layout
@@ -45,8 +49,10 @@ class TokenLayout:
     @classmethod
     def uniform(cls, batch: int, grid: Grid) -> TokenLayout:
         """`batch` samples with the same grid. Built of torch operations so that torch.compile follows them."""
-        frames, height, width = (1, *grid)[-3:]
+        frames, height, width = (1, *check_grid("grid", grid))[-3:]
         tokens = frames * height * width
+        if batch < 0 or batch * tokens >= 2**31:
+            raise ValueError(f"batch is {batch}, must be at least 0 and give fewer than 2^31 tokens of {grid}")
         offsets = (torch.arange(batch + 1, dtype=torch.int32) * tokens)[:, None]
         sides = torch.tensor([[frames, height, width]], dtype=torch.int32).expand(batch, 3)
         sides = torch.cat([sides, torch.zeros(1, 3, dtype=torch.int32)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -10,10 +9,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import _C, _block_ops, ops
-from .blocks import DenseBlock, PoolingBlock, SparseDenseTokenModule, autocast_dtype, cast
+from ._arguments import Grid, check_grid, check_number, check_tensor
+from .blocks import DenseBlock, PoolingBlock, SparseDenseTokenModule, autocast_dtype, cast, require_device
 from .config import FlexDiTConfig
 from .layout import TokenLayout
-from .schedule import Grid, check_grid
 
 
 def sincos_position_embedding(grid: Grid, dim: int) -> Tensor:
@@ -116,11 +115,15 @@ class FlexDiT(nn.Module):
         self._check_inputs(x, t, y)
         sparse_layout = self._sparse_layout(x.shape[0], t, grid)
         layout = TokenLayout.uniform(x.shape[0], config.dense_grid)
+        dropped = None
         if self.training and config.class_dropout_prob > 0:
             dropped = torch.rand(y.shape, device=y.device) < config.class_dropout_prob
-            y = torch.where(dropped, config.num_classes, y)
         dtype = autocast_dtype(x)
-        condition = _block_ops.condition(t, y, cast(self._condition_parameters(), dtype), self.schedule.num_timesteps)
+        layer = self.final_layer
+        final_parameters = [layer.modulation.weight, layer.modulation.bias, layer.linear.weight, layer.linear.bias]
+        condition_parameters = self._condition_parameters()
+        require_device(x.device, [*condition_parameters, self.pos_embed, *final_parameters])
+        condition = _block_ops.condition(t, y, dropped, cast(condition_parameters, dtype), self.schedule.num_timesteps)
         x, weight, bias, position = cast([x, self.patch_embed.weight, self.patch_embed.bias, self.pos_embed], dtype)
         tokens, _ = _block_ops.patch_embed(x, weight, bias, position, layout.table)
         for block in self.pooling_blocks:
@@ -130,10 +133,8 @@ class FlexDiT(nn.Module):
             tokens = self._run_sdtm(module, tokens, condition, layout, sparse_layout, position)
         for block in self.dense_blocks:
             tokens = self._run(block, tokens, condition, layout)
-        layer = self.final_layer
-        parameters = [layer.modulation.weight, layer.modulation.bias, layer.linear.weight, layer.linear.bias]
         return _block_ops.final_layer(
-            cast(parameters, dtype),
+            cast(final_parameters, dtype),
             tokens,
             condition,
             layout.table,
@@ -150,10 +151,10 @@ class FlexDiT(nn.Module):
 
         Shapes as forward, with B even.
         """
-        if x.dim() != 4 or x.shape[0] % 2:
+        self._check_inputs(x, t, y)
+        if x.shape[0] % 2:
             raise ValueError(f"x has shape {tuple(x.shape)}, must be [B, in_channels, H, W] with an even B")
-        if isinstance(cfg_scale, bool) or not isinstance(cfg_scale, (int, float)) or not math.isfinite(cfg_scale):
-            raise ValueError(f"cfg_scale is {cfg_scale!r}, must be a finite number")
+        check_number("cfg_scale", cfg_scale)
         half = x[: x.shape[0] // 2]
         out = self.forward(torch.cat([half, half]), t, y, grid)
         guided = min(3, self.config.in_channels)
@@ -212,11 +213,9 @@ class FlexDiT(nn.Module):
         return [fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.label_embed.weight]
 
     def _sparse_layout(self, batch: int, t: Tensor, grid) -> TokenLayout | None:
-        if self.config.num_sdtm == 0:
-            return None
         if grid is None:
-            return ops.select_tokens(t, self.schedule)
-        if isinstance(grid, (tuple, list)) and grid and isinstance(grid[0], (tuple, list)):
+            return ops.select_tokens(t, self.schedule) if self.config.num_sdtm else None
+        if isinstance(grid, (tuple, list)) and (isinstance(grid[0], (tuple, list)) if grid else batch == 0):
             if len(grid) != batch:
                 raise ValueError(f"grid lists {len(grid)} grids, must list one for each of the {batch} samples")
             return TokenLayout([self._checked(f"grid[{i}]", one) for i, one in enumerate(grid)])
@@ -229,8 +228,7 @@ class FlexDiT(nn.Module):
         """Everything that shapes and dtypes tell; values of t and y are checked where they are read."""
         config, weight = self.config, self.patch_embed.weight
         for name, tensor in (("x", x), ("t", t), ("y", y)):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name} is {type(tensor).__name__}, must be a torch.Tensor")
+            check_tensor(name, tensor)
             if tensor.device != weight.device:
                 raise ValueError(f"{name} is on {tensor.device}, the model on {weight.device}: they must agree")
         if x.dim() != 4 or x.shape[1:] != (config.in_channels, config.input_size, config.input_size):

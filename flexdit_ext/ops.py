@@ -14,11 +14,22 @@ import torch
 from torch import Tensor
 
 from . import _C
+from ._arguments import check_count, check_floats, check_number, check_timesteps, check_width
 from ._core import empty_rows, require_cpu, rows, threads, workspace
 from .layout import TokenLayout
 from .schedule import DensitySchedule
 
 custom_op = torch.library.custom_op
+
+
+def _check_layouts(**layouts: TokenLayout) -> None:
+    for name, layout in layouts.items():
+        if not isinstance(layout, TokenLayout):
+            raise TypeError(f"{name} is {type(layout).__name__}, must be a TokenLayout")
+    first, *rest = layouts.items()
+    for name, layout in rest:
+        if layout.batch != first[1].batch:
+            raise ValueError(f"{name} has {layout.batch} samples, {first[0]} has {first[1].batch}: they must agree")
 
 
 def _statistics(x: Tensor) -> Tensor:
@@ -77,7 +88,11 @@ def modulated_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, layout: TokenL
 
     Source: adaLN of DiT, arXiv 2212.09748.
     """
-    return _modulated_layer_norm(x, shift, scale, layout.table, eps)
+    _check_layouts(layout=layout)
+    width, samples = check_width("modulated_layer_norm", "x", x), layout.batch
+    vectors = {"shift": (shift, (samples, width)), "scale": (scale, (samples, width))}
+    check_floats("modulated_layer_norm", {"x": (x, (layout.rows, width)), **vectors})
+    return _modulated_layer_norm(x, shift, scale, layout.table, check_number("eps", eps, 0))
 
 
 # Gated residual
@@ -123,6 +138,10 @@ _gated_residual.register_autograd(_residual_gradient, setup_context=_save_residu
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor, layout: TokenLayout) -> Tensor:
     """x + gate * y. x, y [R, C]; gate [B, C]. Returns [R, C]."""
+    _check_layouts(layout=layout)
+    width = check_width("gated_residual", "x", x)
+    tokens = (layout.rows, width)
+    check_floats("gated_residual", {"x": (x, tokens), "y": (y, tokens), "gate": (gate, (layout.batch, width))})
     return _gated_residual(x, y, gate, layout.table)
 
 
@@ -133,7 +152,7 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, layout: TokenLayout) -> T
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     require_cpu("linear", x=x, weight=weight, bias=bias)
     y = empty_rows(x, x.shape[0], weight.shape[0])
-    _C.linear(rows(x), rows(weight), bias.contiguous(), y, threads())
+    _C.linear(x.contiguous(), weight.contiguous(), bias.contiguous(), y, threads())
     return y
 
 
@@ -144,11 +163,11 @@ def _(x, weight, bias):
 
 @custom_op("flexdit_ext::linear_backward", mutates_args=())
 def _linear_backward(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    x, weight = rows(x), rows(weight)
+    x, weight = x.contiguous(), weight.contiguous()
     grad_x, grad_weight = empty_rows(x, *x.shape), empty_rows(x, *weight.shape)
     grad_bias = empty_rows(x, weight.shape[0])
     scratch = workspace(_C.linear_backward_workspace(weight))
-    _C.linear_backward(x, weight, rows(grad), grad_x, grad_weight, grad_bias, scratch, threads())
+    _C.linear_backward(x, weight, grad.contiguous(), grad_x, grad_weight, grad_bias, scratch, threads())
     return grad_x, grad_weight, grad_bias
 
 
@@ -223,7 +242,14 @@ def pooled_attention(
 
     The mean is taken before W_v, with which it commutes. Source: arXiv 2412.06028 (Poolingformer).
     """
-    mean = _modulated_mean(x, shift, scale, layout.table, eps)
+    _check_layouts(layout=layout)
+    width = check_width("pooled_attention", "x", x)
+    vector, square = (layout.batch, width), (width, width)
+    shapes = {"x": (x, (layout.rows, width)), "shift": (shift, vector), "scale": (scale, vector)}
+    shapes |= {"v_weight": (v_weight, square), "v_bias": (v_bias, (width,))}
+    shapes |= {"proj_weight": (proj_weight, square), "proj_bias": (proj_bias, (width,))}
+    check_floats("pooled_attention", shapes)
+    mean = _modulated_mean(x, shift, scale, layout.table, check_number("eps", eps, 0))
     return _linear(_linear(mean, v_weight, v_bias), proj_weight, proj_bias)
 
 
@@ -270,6 +296,8 @@ _pool_tokens.register_autograd(_pool_gradient, setup_context=_save_pool)
 def pool_tokens(x: Tensor, layout: TokenLayout, sparse_layout: TokenLayout) -> Tensor:
     """Adaptive average pooling from each sample's dense grid to its sparse grid, windows as PyTorch's
     AdaptiveAvgPool. x [R, C]. Returns [Rs, C]."""
+    _check_layouts(layout=layout, sparse_layout=sparse_layout)
+    check_floats("pool_tokens", {"x": (x, (layout.rows, check_width("pool_tokens", "x", x)))})
     return _pool_tokens(x, None, layout.table, sparse_layout.table, sparse_layout.rows)
 
 
@@ -335,6 +363,12 @@ def recover_tokens(
     W_1 is applied to the sparse tokens, with which upsampling commutes. Source: arXiv 2412.06028 (dense token
     recovery).
     """
+    _check_layouts(layout=layout, sparse_layout=sparse_layout)
+    width = check_width("recover_tokens", "x", x)
+    shapes = {"s": (s, (sparse_layout.rows, width)), "x": (x, (layout.rows, width))}
+    shapes |= {"sparse_weight": (sparse_weight, (width, width)), "sparse_bias": (sparse_bias, (width,))}
+    shapes |= {"dense_weight": (dense_weight, (width, width)), "dense_bias": (dense_bias, (width,))}
+    check_floats("recover_tokens", shapes)
     sparse = _linear(s, sparse_weight, sparse_bias)
     dense = _linear(x, dense_weight, dense_bias)
     return _gather_sparse(sparse, dense, layout.table, sparse_layout.table)
@@ -369,6 +403,9 @@ def select_tokens(t: Tensor, schedule: DensitySchedule) -> TokenLayout:
     Raises ValueError for a t outside [0, schedule.num_timesteps] or NaN. Under torch.compile its buffers are sized for
     the largest grid, since the number of rows depends on the values of t.
     """
+    check_timesteps("t", t)
+    if not isinstance(schedule, DensitySchedule):
+        raise TypeError(f"schedule is {type(schedule).__name__}, must be a DensitySchedule")
     sides = [side for grid in schedule.grids for side in (1, *grid)[-3:]]
     table = _select_tokens(t, list(schedule.begins), sides, schedule.num_timesteps)
     if torch.compiler.is_compiling():
@@ -439,5 +476,12 @@ def attention(
 ) -> Tensor:
     """softmax(q k^T / sqrt(d)) v within each sample and head, d = C / num_heads. q [Rq, C]; k, v [Rk, C]; layout_k
     defaults to layout_q (self-attention). q, k and v may be columns of a wider tensor. Returns [Rq, C]."""
-    layout_k = layout_k or layout_q
+    layout_k = layout_q if layout_k is None else layout_k
+    _check_layouts(layout_q=layout_q, layout_k=layout_k)
+    width = check_width("attention", "q", q)
+    keys = (layout_k.rows, width)
+    check_floats("attention", {"q": (q, (layout_q.rows, width)), "k": (k, keys), "v": (v, keys)})
+    check_count("num_heads", num_heads, 1, width)
+    if width % num_heads:
+        raise ValueError(f"num_heads is {num_heads}, must divide the {width} columns of q")
     return _attention(q, k, v, num_heads, layout_q.table, layout_k.table)[0]

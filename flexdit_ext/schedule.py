@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from . import _C
+from ._arguments import Grid, check_count, check_grid, check_grids, check_number
 
-Grid = tuple[int, ...]
-
-
-def check_grid(name: str, grid) -> Grid:
-    """Returns `grid` as a tuple of 2 or 3 positive ints, or raises naming the argument."""
-    if isinstance(grid, (str, bytes)) or not isinstance(grid, Sequence) or len(grid) not in (2, 3):
-        raise TypeError(f"{name} is {grid!r}, must be a grid (h, w) or (f, h, w)")
-    if any(isinstance(side, bool) or not isinstance(side, int) for side in grid):
-        raise TypeError(f"{name} is {grid!r}, its sides must be ints")
-    if any(side < 1 or side >= 2**15 for side in grid):
-        raise ValueError(f"{name} is {tuple(grid)}, every side must be at least 1 and below 32768")
-    return tuple(grid)
+MAX_TIMESTEPS = 10**6
 
 
-def _finite(name: str, value) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise TypeError(f"{name} is {value!r}, must be a finite number")
-    return float(value)
+def _check_begins(begins) -> list[int]:
+    if isinstance(begins, (str, bytes)) or not isinstance(begins, Sequence):
+        raise TypeError(f"begins is {begins!r}, must be a list of ints")
+    if any(isinstance(begin, bool) or not isinstance(begin, int) for begin in begins):
+        raise TypeError(f"begins is {list(begins)}, must hold ints")
+    return list(begins)
 
 
-def _timesteps(num_timesteps) -> int:
-    if isinstance(num_timesteps, bool) or not isinstance(num_timesteps, int) or not 1 <= num_timesteps <= 10**6:
-        raise ValueError(f"num_timesteps is {num_timesteps!r}, must be an int from 1 to 1000000")
-    return num_timesteps
+def _rate_arguments(r_min, r_max, dense_grid, num_timesteps):
+    return (
+        check_number("r_min", r_min),
+        check_number("r_max", r_max),
+        check_grid("dense_grid", dense_grid),
+        check_count("num_timesteps", num_timesteps, 4, MAX_TIMESTEPS),
+    )
 
 
 class DensitySchedule:
@@ -47,13 +41,14 @@ class DensitySchedule:
 
     def __init__(
         self,
-        grids: Iterable[Grid] = ((10, 10), (8, 8), (7, 7), (6, 6)),
+        grids: Sequence[Grid] = ((10, 10), (8, 8), (7, 7), (6, 6)),
         num_timesteps: int = 1000,
         begins: Sequence[int] | None = None,
     ):
-        grids = [check_grid(f"grids[{i}]", grid) for i, grid in enumerate(grids)]
-        arguments = (grids, _timesteps(num_timesteps)) if begins is None else (grids, list(begins), num_timesteps)
-        self._set(_C.DensitySchedule(*arguments))
+        grids = check_grids("grids", grids)
+        check_count("num_timesteps", num_timesteps, 1, MAX_TIMESTEPS)
+        begins = () if begins is None else (_check_begins(begins),)
+        self._set(_C.DensitySchedule(grids, *begins, num_timesteps))
 
     def _set(self, core) -> None:
         self._core = core
@@ -74,21 +69,13 @@ class DensitySchedule:
         smaller; dense sides that are multiples of 16 keep a multiple of side / 16. [0.61, 0.86] gives the sides
         10, 8, 7, 6 on 16x16 tokens and 20, 16, 14, 12 on 32x32.
         """
-        rates = _finite("r_min", r_min), _finite("r_max", r_max)
-        return cls._of(
-            _C.DensitySchedule.from_pruning_rates(
-                *rates, check_grid("dense_grid", dense_grid), _timesteps(num_timesteps)
-            )
-        )
+        return cls._of(_C.DensitySchedule.from_pruning_rates(*_rate_arguments(r_min, r_max, dense_grid, num_timesteps)))
 
     @classmethod
     def continuous(cls, r_min: float, r_max: float, dense_grid: Grid, num_timesteps: int = 1000):
         """A segment for every grid that the continuous rate passes through: r = r_min for t < T/4, then
         ((4T - 4t) r_min + (4t - T) r_max) / 3T."""
-        rates = _finite("r_min", r_min), _finite("r_max", r_max)
-        return cls._of(
-            _C.DensitySchedule.continuous(*rates, check_grid("dense_grid", dense_grid), _timesteps(num_timesteps))
-        )
+        return cls._of(_C.DensitySchedule.continuous(*_rate_arguments(r_min, r_max, dense_grid, num_timesteps)))
 
     @property
     def grids(self) -> tuple[Grid, ...]:
@@ -104,11 +91,11 @@ class DensitySchedule:
 
     def grid(self, t: float) -> Grid:
         """The sparse grid of timestep t in [0, num_timesteps]; t may be fractional."""
-        return self._core.grid(t)
+        return self._core.grid(check_number("t", t))
 
     def pruning_rate(self, t: float, dense_grid: Grid) -> float:
         """1 - M / N at timestep t, N being the tokens of `dense_grid`."""
-        return self._core.pruning_rate(t, check_grid("dense_grid", dense_grid))
+        return self._core.pruning_rate(check_number("t", t), check_grid("dense_grid", dense_grid))
 
     def to_dict(self) -> dict:
         return {
@@ -119,13 +106,14 @@ class DensitySchedule:
 
     @classmethod
     def from_dict(cls, values: dict) -> DensitySchedule:
+        if not isinstance(values, dict):
+            raise TypeError(f"schedule is {values!r}, must be a dict with grids, begins and num_timesteps")
         unknown = set(values) - {"grids", "begins", "num_timesteps"}
         if unknown or "grids" not in values:
             raise ValueError(
                 f"schedule has the keys {sorted(values)}, must have grids and may have begins, num_timesteps"
             )
-        grids = [tuple(grid) for grid in values["grids"]]
-        return cls(grids, values.get("num_timesteps", 1000), values.get("begins"))
+        return cls(values["grids"], values.get("num_timesteps", 1000), values.get("begins"))
 
     def __reduce__(self):
         return DensitySchedule, (self.grids, self.num_timesteps, self.begins)

@@ -1,8 +1,7 @@
-"""What the tests share: the fixture of the released model, the mapping of its names to ours, small configurations."""
+"""What the tests share: the fixture of the released model under our names, small configurations."""
 
 import ast
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,41 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexdit_ext import FlexDiT, FlexDiTConfig, reference
+from flexdit_ext.convert import released_to_flexdit
+
 _REPOSITORY = Path(__file__).resolve().parents[1]
 _FIXTURE = "sparsedit_tiny.npz"
-
-# Whole-name patterns of changsn/SparseDiT's state dict and what each part is called here.
-_RELEASED_PREFIXES = (
-    (r"pos_embed", "pos_embed"),
-    (r"x_embedder\.proj", "patch_embed"),
-    (r"t_embedder\.mlp\.0", "timestep_embed.fc1"),
-    (r"t_embedder\.mlp\.2", "timestep_embed.fc2"),
-    (r"y_embedder\.embedding_table", "label_embed"),
-    (r"poolingformer_blocks\.(\d+)", r"pooling_blocks.\1"),
-    (r"dumbbell_blocks\.(\d+)\.token_merge_blocks\.(\d+)", r"sdtm.\1.generation.\2"),
-    (r"dumbbell_blocks\.(\d+)\.semantic_blocks\.(\d+)", r"sdtm.\1.sparse.\2"),
-    (r"dumbbell_blocks\.(\d+)\.token_recover_blocks\.(\d+)", r"sdtm.\1.recovery.\2"),
-    (r"dumbbell_blocks\.(\d+)\.normal_blocks\.(\d+)", r"sdtm.\1.dense.\2"),
-    (r"normal_blocks\.(\d+)", r"dense_blocks.\1"),
-    (r"final_layer", "final_layer"),
-)
-_RELEASED_SUFFIXES = (
-    (r"\.adaLN_modulation\.1\.", ".modulation."),
-    (r"\.merged_layer1\.", ".from_sparse."),
-    (r"\.merged_layer2\.", ".from_dense."),
-)
-
-
-def released_to_flexdit(name: str) -> str | None:
-    """Our state_dict name of a tensor of the released code; None for a name that the released model does not have."""
-    for pattern, replacement in _RELEASED_PREFIXES:
-        match = re.match(pattern + r"(?=\.|$)", name)
-        if match:
-            rest = name[match.end() :]
-            for old, new in _RELEASED_SUFFIXES:
-                rest = re.sub(old, new, rest)
-            return match.expand(replacement) + rest
-    return None
 
 
 def released_config(arguments: dict) -> tuple[SimpleNamespace, tuple[int, int]]:
@@ -67,7 +36,7 @@ def released_config(arguments: dict) -> tuple[SimpleNamespace, tuple[int, int]]:
 
 
 def make_config(**overrides) -> SimpleNamespace:
-    """A small model's configuration with the attributes of FlexDiTConfig, without importing flexdit_ext."""
+    """A small model's configuration with the attributes of FlexDiTConfig, none of its checks."""
     values = {
         "input_size": 12,
         "patch_size": 2,
@@ -96,7 +65,7 @@ def make_config(**overrides) -> SimpleNamespace:
 
 @dataclass
 class Fixture:
-    """One run of the released model in float64; see method.md, Fixture. Names are ours, tensors float64 (t, y int64)."""
+    """One run of the released model in float64 (method.md, Fixture). Our names; tensors float64, t and y int64."""
 
     config: SimpleNamespace
     sparse_grid: tuple[int, int]
@@ -144,3 +113,51 @@ def load_fixture() -> Fixture:
         gradients=tensors("grad/"),
         **{name: tensor(name) for name in ("x", "t", "y", "out", "grad_out", "grad_x")},
     )
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Normal values that depend on the seed and the shape alone, rounded to dtype."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def flexdit_config(**overrides) -> FlexDiTConfig:
+    """make_config's small model as a FlexDiTConfig."""
+    values = vars(make_config())
+    return FlexDiTConfig(**{field.name: values[field.name] for field in fields(FlexDiTConfig)} | overrides)
+
+
+def random_model(dtype: torch.dtype = torch.float32, seed: int = 0, **overrides) -> FlexDiT:
+    """flexdit_ext's model in eval mode with random weights, none of them zero, of size 1 / sqrt(fan in)."""
+    model = FlexDiT(flexdit_config(**overrides), dtype=dtype).eval()
+    with torch.no_grad():
+        for i, parameter in enumerate(model.parameters()):
+            values = randn(*parameter.shape, seed=1000 * seed + i)
+            parameter.copy_(values * (values[0].numel() ** -0.5 if values.dim() > 1 else 0.1))
+    return model
+
+
+def reference_of(model: FlexDiT, dtype: torch.dtype = torch.float64) -> reference.FlexDiT:
+    """The reference with the model's weights."""
+    twin = reference.FlexDiT(model.config).to(dtype).eval()
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def model_inputs(
+    config, batch: int, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x, t, y; the last label is the null class where the model has one."""
+    generator = torch.Generator().manual_seed(seed)
+    t = torch.randint(0, 1001, (batch,), generator=generator)
+    y = torch.randint(0, config.num_classes, (batch,), generator=generator)
+    if config.class_dropout_prob > 0:
+        y[-1:] = config.num_classes
+    return randn(batch, config.in_channels, config.input_size, config.input_size, seed=seed, dtype=dtype), t, y
+
+
+def relative_error(actual: Tensor, expected: Tensor, least: float = 1.0) -> float:
+    """Largest difference over the largest expected value, which counts as at least `least`."""
+    assert actual.shape == expected.shape
+    if not expected.numel():
+        return 0.0
+    return ((actual.to(expected.dtype) - expected).abs().max() / expected.abs().max().clamp(min=least)).item()

@@ -1,13 +1,15 @@
 // Linear layers in float32 and bfloat16 through oneDNN's matmul.
 // Creating a primitive compiles code (about 1 ms), so they are cached, and long or ragged numbers of rows are cut
-// into pieces of few different sizes. oneDNN sums over k in an order that depends neither on the number of rows
-// nor on the threads as long as k stays under its limit for splitting it over threads; python_tests check that.
+// into pieces of few different sizes. With AVX-512 and contiguous operands oneDNN sums over k in an order that depends
+// neither on the number of rows nor on the threads, as long as k stays under its limit for splitting it over threads;
+// python_tests check that. Its AVX2 code for float32 keeps no such order: there rows may differ in the last bits.
 #include <omp.h>
 
 #include <mutex>
 #include <oneapi/dnnl/dnnl.hpp>
 #include <string>
 #include <unordered_map>
+#include <vector>
 
 #include "cpu/kernels.h"
 
@@ -127,9 +129,53 @@ void for_pieces(int64_t rows, int64_t piece, Body&& body) {
   if (first + even < rows) body(first + even, rows - first - even);
 }
 
+// Without the instructions oneDNN has no bfloat16 product (AVX2) or one whose sums depend on the threads (AVX-512).
+bool has_bfloat16_products() {
+  static const bool has = dnnl_get_effective_cpu_isa() >= dnnl_cpu_isa_avx512_core_bf16;
+  return has;
+}
+
+// A float32 copy of a bfloat16 matrix (or room for one), given back when asked.
+class Widened {
+ public:
+  Widened(const Matrix& narrow, bool copy, int threads) : narrow_(narrow), values_(narrow.rows * narrow.cols) {
+    if (copy && narrow) kernels().convert({.x = narrow, .y = wide()}, threads);
+  }
+  Matrix wide() {
+    if (!narrow_) return {};
+    return {values_.data(), narrow_.rows, narrow_.cols, narrow_.cols, DType::float32};
+  }
+  void narrow(int threads) {
+    if (narrow_) kernels().convert({.x = wide(), .y = narrow_}, threads);
+  }
+
+ private:
+  Matrix narrow_;
+  std::vector<float> values_;
+};
+
+void linear_through_float32(const Linear& p, int threads) {
+  Widened x(p.x, true, threads), weight(p.weight, true, threads), bias(p.bias, true, threads), y(p.y, false, threads);
+  linear({.x = x.wide(), .weight = weight.wide(), .bias = bias.wide(), .y = y.wide(), .activation = p.activation},
+         threads);
+  y.narrow(threads);
+}
+
+void linear_backward_through_float32(const LinearBackward& p, int threads) {
+  Widened x(p.x, true, threads), weight(p.weight, true, threads), grad_y(p.grad_y, true, threads);
+  Widened grad_x(p.grad_x, p.accumulate_grad_x, threads), grad_weight(p.grad_weight, false, threads);
+  Widened grad_bias(p.grad_bias, false, threads);
+  LinearBackward wide = p;
+  wide.x = x.wide(), wide.weight = weight.wide(), wide.grad_y = grad_y.wide();
+  wide.grad_x = grad_x.wide(), wide.grad_weight = grad_weight.wide(), wide.grad_bias = grad_bias.wide();
+  linear_backward(wide, threads);
+  grad_x.narrow(threads), grad_weight.narrow(threads), grad_bias.narrow(threads);
+}
+
 }  // namespace
 
 void linear(const Linear& p, int threads) {
+  if (p.x.dtype == DType::bfloat16 && !has_bfloat16_products()) return linear_through_float32(p, threads);
   const OpenMPThreads scope(threads);
   for_pieces(p.x.rows, kRowPiece, [&](int64_t first, int64_t count) {
     multiply({.a = {p.x.row_range(first, count)},
@@ -142,6 +188,7 @@ void linear(const Linear& p, int threads) {
 }
 
 void linear_backward(const LinearBackward& p, int threads) {
+  if (p.x.dtype == DType::bfloat16 && !has_bfloat16_products()) return linear_backward_through_float32(p, threads);
   const OpenMPThreads scope(threads);
   if (p.grad_x)
     for_pieces(p.x.rows, kRowPiece, [&](int64_t first, int64_t count) {

@@ -41,8 +41,7 @@ Box nearest_targets(const Grid& dense, const Grid& sparse, int64_t token) {
 // The sparse tokens whose pooling windows hold this dense token. Windows begin and end in ascending order, so
 // along each axis they are consecutive: those with begin <= i < end.
 void containing_range(int64_t i, int64_t n, int64_t m, int64_t* first, int64_t* end) {
-  int64_t w = i * m / n;  // i lies in window w or, where windows overlap, also in its neighbours
-  while (w > 0 && window_end(w - 1, n, m) > i) --w;
+  int64_t w = i * m / n;  // the first window that holds i: the one before ends at ceil(w n / m) <= i
   *first = w;
   while (w < m && window_begin(w, n, m) <= i) ++w;
   *end = w;

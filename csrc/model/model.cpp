@@ -322,6 +322,8 @@ void check(const ModelForward& p) {
   };
   require(p.parameters.size() == wanted,
           "parameters holds " + std::to_string(p.parameters.size()) + " tensors, must hold " + std::to_string(wanted));
+  require(c.num_sdtm == 0 || (c.generation_blocks >= 1 && c.recovery_blocks >= 1),
+          "config has modules without a generation or a recovery block");
   require(
       c.num_sdtm == 0 || p.sparse_layout.batch == p.batch,
       "sparse_layout has " + std::to_string(p.sparse_layout.batch) + " samples, must have " + std::to_string(p.batch));

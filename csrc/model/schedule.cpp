@@ -10,6 +10,8 @@
 namespace flexdit {
 namespace {
 
+constexpr int64_t kMaxTokens = std::numeric_limits<int32_t>::max();
+
 void require(bool holds, const std::string& message) {
   if (!holds) throw ArgumentError(message);
 }
@@ -23,6 +25,16 @@ std::string text(double value) {
 void require_rates(double r_min, double r_max) {
   require(r_min >= 0 && r_min < 1, "r_min is " + text(r_min) + ", must be at least 0 and below 1");
   require(r_max >= r_min && r_max < 1, "r_max is " + text(r_max) + ", must be at least r_min and below 1");
+}
+
+// Every side at least 1, and few enough tokens for int32 offsets.
+void require_grid(const std::string& name, const Grid& g) {
+  const std::string sides =
+      "(" + std::to_string(g.frames) + ", " + std::to_string(g.height) + ", " + std::to_string(g.width) + ")";
+  require(g.frames > 0 && g.height > 0 && g.width > 0, name + " is " + sides + ", every side must be at least 1");
+  const int64_t frame_rows = int64_t{g.frames} * g.height;
+  require(frame_rows <= kMaxTokens && frame_rows * g.width <= kMaxTokens,
+          name + " is " + sides + ", at most 2^31 - 1 tokens are allowed");
 }
 
 std::vector<int64_t> equal_segments(size_t count, int64_t num_timesteps) {
@@ -39,12 +51,10 @@ void fill_layout(std::span<const Grid> grids, LayoutRow* table) {
   int64_t offset = 0;
   for (size_t b = 0; b < grids.size(); ++b) {
     const Grid& g = grids[b];
-    require(g.frames > 0 && g.height > 0 && g.width > 0,
-            "grid of sample " + std::to_string(b) + " is (" + std::to_string(g.frames) + ", " +
-                std::to_string(g.height) + ", " + std::to_string(g.width) + "), every side must be at least 1");
+    require_grid("grid of sample " + std::to_string(b), g);
     table[b] = {static_cast<int32_t>(offset), g};
     offset += g.tokens();
-    require(offset <= std::numeric_limits<int32_t>::max(), "grids hold more than 2^31 - 1 tokens in all");
+    require(offset <= kMaxTokens, "grids hold more than 2^31 - 1 tokens in all");
   }
   table[grids.size()] = {static_cast<int32_t>(offset), {0, 0, 0}};
 }
@@ -64,9 +74,7 @@ DensitySchedule::DensitySchedule(std::vector<Grid> grids, std::vector<int64_t> b
                                                std::to_string(grids_.size()) + " grids");
   require(begins_[0] == 0, "begins starts with " + std::to_string(begins_[0]) + ", must start with 0");
   for (size_t i = 0; i < grids_.size(); ++i) {
-    const Grid& g = grids_[i];
-    require(g.frames > 0 && g.height > 0 && g.width > 0,
-            "grids[" + std::to_string(i) + "] has an empty side, every side must be at least 1");
+    require_grid("grids[" + std::to_string(i) + "]", grids_[i]);
     require(i == 0 || begins_[i] > begins_[i - 1], "begins must ascend");
   }
   require(begins_.back() < num_timesteps_, "begins ends with " + std::to_string(begins_.back()) +
@@ -82,7 +90,7 @@ size_t DensitySchedule::segment(double t) const {
 }
 
 double DensitySchedule::pruning_rate(double t, Grid dense) const {
-  require(dense.tokens() > 0, "dense_grid has an empty side, every side must be at least 1");
+  require_grid("dense_grid", dense);
   return 1 - static_cast<double>(grid(t).tokens()) / static_cast<double>(dense.tokens());
 }
 
@@ -106,7 +114,7 @@ Grid grid_at_pruning_rate(double rate, Grid dense) {
 DensitySchedule DensitySchedule::from_pruning_rates(double r_min, double r_max, Grid dense, int64_t num_timesteps) {
   require_rates(r_min, r_max);
   require(num_timesteps >= 4, "num_timesteps is " + std::to_string(num_timesteps) + ", must be at least 4");
-  require(dense.tokens() > 0, "dense_grid has an empty side, every side must be at least 1");
+  require_grid("dense_grid", dense);
   std::vector<Grid> grids;
   for (int64_t segment = 1; segment <= 4; ++segment) {
     const double end = static_cast<double>(num_timesteps) * static_cast<double>(segment) / 4;
@@ -118,7 +126,7 @@ DensitySchedule DensitySchedule::from_pruning_rates(double r_min, double r_max, 
 DensitySchedule DensitySchedule::continuous(double r_min, double r_max, Grid dense, int64_t num_timesteps) {
   require_rates(r_min, r_max);
   require(num_timesteps >= 1, "num_timesteps is " + std::to_string(num_timesteps) + ", must be at least 1");
-  require(dense.tokens() > 0, "dense_grid has an empty side, every side must be at least 1");
+  require_grid("dense_grid", dense);
   std::vector<Grid> grids;
   std::vector<int64_t> begins;
   for (int64_t t = 0; t < num_timesteps; ++t) {

@@ -55,7 +55,7 @@ struct BlockForward {
 struct BlockBackward : BlockForward {  // out is not used, context is read
   Matrix grad_out;                     // [rows, C]
   Matrix grad_x;                       // [rows, C], written; must not be grad_out
-  Matrix grad_other;                   // [other_rows, C], written, or += with accumulate_other, or empty
+  Matrix grad_other;  // [other_rows, C], written, or += with accumulate_other, empty for pooling and dense
   bool accumulate_other = false;
   Matrix grad_condition;  // [B, C], written, or += with accumulate_condition
   bool accumulate_condition = false;
