@@ -289,8 +289,22 @@ void release_barrier() {
   machine.waiting = 0;
 }
 
+// Lets every ready thread of a warp go on once; whether there was one.
+bool run_warp(size_t warp) {
+  const size_t begin = warp * kWarp, end = std::min(begin + kWarp, machine.fibers.size());
+  bool progress = false;
+  for (size_t i = begin; i < end; ++i) {
+    const size_t index = machine.order == Order::forward ? i : begin + end - 1 - i;
+    if (machine.fibers[index].state != State::ready) continue;
+    resume(machine.fibers[index], index);
+    progress = true;
+  }
+  return progress;
+}
+
+// Each warp goes as far as it can before the next one starts: a missing barrier shows.
 void run_block(const dim3& block) {
-  const size_t threads = size_t{block.x} * block.y * block.z;
+  const size_t threads = size_t{block.x} * block.y * block.z, warps = (threads + kWarp - 1) / kWarp;
   machine.fibers.assign(threads, Fiber());
   machine.exchanges.clear();
   machine.waiting = machine.done = 0;
@@ -299,12 +313,8 @@ void run_block(const dim3& block) {
   for (size_t i = 0; i < threads; ++i) begin_fiber(machine.fibers[i], i, block);
   while (machine.done < threads) {
     bool progress = false;
-    for (size_t i = 0; i < threads; ++i) {
-      const size_t index = machine.order == Order::forward ? i : threads - 1 - i;
-      if (machine.fibers[index].state != State::ready) continue;
-      resume(machine.fibers[index], index);
-      progress = true;
-    }
+    for (size_t w = 0; w < warps; ++w)
+      while (run_warp(machine.order == Order::forward ? w : warps - 1 - w)) progress = true;
     if (machine.waiting == threads)
       release_barrier();
     else if (!progress)

@@ -5,8 +5,8 @@
 //  - writes behind a shared array (canaries; at once under AddressSanitizer, which sees the gaps as poisoned);
 //  - launches that a GPU would refuse.
 // Shared memory starts as 0xFF bytes at every block, so that reading what nobody wrote gives NaN. Asynchronous copies
-// arrive when they are waited for, not before. set_order() runs the threads of a block backwards: a missing barrier
-// shows in one of the two orders.
+// arrive when they are waited for, not before. Each warp runs as far as it can before the next one starts, and
+// set_order() turns their order round: a missing barrier shows in one of the two orders.
 //
 // Collective primitive for warp-wide instructions (mma, ldmatrix): warp_exchange(value, bytes) is called by all lanes
 // of the mask and returns the address of all 32 lanes' values, lane l's at [l * bytes]; lanes outside the mask read
