@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt) CMakeLists.txt setup.py pyproject.toml \
            flexdit_ext/version.py
 
-.PHONY: demo test pytest ctest sanitize bench lint clean
+.PHONY: demo test pytest ctest cuda sanitize bench lint clean
 
 demo: $(VENV)/.built
 	$(BIN)/python examples/digits/run.py --out out
@@ -18,14 +18,20 @@ pytest: $(VENV)/.built
 # The C++ tests need no Python; cmake and ninja are the environment's.
 ctest: $(VENV)/.installed
 	$(BIN)/cmake -S . -B build/ctest -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DFLEXDIT_PYTHON=OFF \
-	  -DFLEXDIT_TESTS=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) >/dev/null
+	  -DFLEXDIT_TESTS=ON -DFLEXDIT_CUDA=OFF -DPython_EXECUTABLE=$(abspath $(BIN)/python) >/dev/null
 	$(BIN)/cmake --build build/ctest
 	$(BIN)/ctest --test-dir build/ctest --output-on-failure
+
+# Compiles the CUDA kernels with nvcc for sm_80 and sm_90a. No GPU is needed, and nothing is run.
+cuda: $(VENV)/.installed
+	$(BIN)/cmake -S . -B build/cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DFLEXDIT_PYTHON=OFF \
+	  -DFLEXDIT_CUDA=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) >/dev/null
+	$(BIN)/cmake --build build/cuda
 
 # The C++ tests under the address and undefined-behaviour sanitizers.
 sanitize: $(VENV)/.installed
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DFLEXDIT_PYTHON=OFF \
-	  -DFLEXDIT_TESTS=ON -DFLEXDIT_SANITIZE=address,undefined -DPython_EXECUTABLE=$(abspath $(BIN)/python) >/dev/null
+	  -DFLEXDIT_TESTS=ON -DFLEXDIT_CUDA=OFF -DFLEXDIT_SANITIZE=address,undefined -DPython_EXECUTABLE=$(abspath $(BIN)/python) >/dev/null
 	$(BIN)/cmake --build build/sanitize
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
 

@@ -102,9 +102,9 @@ class Buffer:
         return bool((self.bytes[self.nbytes :] == 0x5A).all())
 
 
-def core_forward_backward(model, x, t, y, sparse, grad, features=None, threads=2):
+def core_forward_backward(model, x, t, y, sparse, grad, features=None):
     """model.forward and backward through _C alone; context and workspaces are the caller's."""
-    config = model.config.core
+    config, threads = model.config.core, torch.get_num_threads()
     state_dict = model.state_dict()
     names = [name for name, _, _ in _C.model_parameters(config)]
     parameters = [state_dict[name] for name in names]
@@ -395,7 +395,7 @@ def test_macs_of_the_released_code(image_size, side, giga):
     c, n, m = 1152, (image_size // 16) ** 2, side * side
     pooling = 2 * (2 * (n - 1) * c * c + n * n * c)
     recovery = 4 * (n - m) * c * c
-    # Worst 4e-5, the published figures' own rounding.
+    # Worst 2.2e-4, the published figures' own rounding.
     assert (model.macs((side, side)) + pooling + recovery) / 1e9 == pytest.approx(
         giga, abs=0.06
     )  # published with one decimal

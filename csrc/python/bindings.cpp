@@ -27,7 +27,11 @@ py::dict build_info() {
   py::dict info;
   info["version"] = FLEXDIT_VERSION;
   info["compiler"] = std::string("gcc-compatible ") + __VERSION__;
+#ifdef FLEXDIT_CUDA
+  info["cuda"] = true;
+#else
   info["cuda"] = false;
+#endif
   info["instruction_set"] = cpu::instruction_set();
   info["onednn"] = cpu::onednn_version();
   info["openmp_threads"] = omp_get_max_threads();
