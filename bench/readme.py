@@ -51,7 +51,7 @@ def demo_section() -> str:
     ]
     return (
         f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, seed {report['seed']}; "
-        f"{report['training']['steps']} training steps each, {report['sampling']['steps']} sampling steps with guidance.\n\n"
+        f"{report['training']['steps']} training steps each, {report['sampling']['steps']} sampling steps, guided.\n\n"
         + table(headers, rows)
     )
 

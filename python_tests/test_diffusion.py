@@ -579,5 +579,5 @@ def test_sample_needs_a_null_class_for_guidance_and_a_config():
     with pytest.raises(ValueError, match=r"y: labels must be in 0\.\.9"):
         sample(model, [10])
     assert sample(model, [1], steps=2).shape == (1, 4, 6, 6)
-    with pytest.raises(TypeError, match="model: .* without input_size"):
+    with pytest.raises(TypeError, match=r"model: .* without input_size"):
         sample(nn.Linear(1, 1), [1])

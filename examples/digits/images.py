@@ -44,12 +44,10 @@ def save_digit_grid(path: Path, images: Tensor, labels: Tensor, columns: int = 2
 def save_loss_curves(path: Path, curves: Mapping[str, tuple[int, Sequence[float]]]) -> None:
     """curves: name -> (first step, losses); a running mean over 50 steps is drawn."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    highest = 0.0
     for name, (first_step, losses) in curves.items():
         window = min(_SMOOTHING, max(1, len(losses)))
         means = np.convolve(losses, np.ones(window) / window, mode="valid")
         axes.plot(first_step + window + np.arange(len(means)), means, label=name)
-        highest = max(highest, np.quantile(means, 0.9)) if len(means) else highest
     axes.set(xlabel="training step", ylabel=f"flow matching loss, mean of {_SMOOTHING} steps", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
