@@ -94,7 +94,7 @@ def _context_rates(kind: int, hidden: int, mlp_hidden: int, num_heads: int, dtyp
     """Context bytes per row of x, per row of other, per sample; pieces of 64 rows are aligned, so these are exact."""
 
     def context_bytes(batch, rows, other_rows):
-        like = torch.empty(0, dtype=dtype)
+        like = torch.empty(0, dtype=dtype, device="cpu")
         kind_ = _C.BlockKind(kind)
         return _C.block_bytes(kind_, hidden, mlp_hidden, num_heads, batch, rows, other_rows, like)[0]
 

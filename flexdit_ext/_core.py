@@ -27,7 +27,7 @@ def workspace(nbytes: int) -> Tensor:
     kept = getattr(_local, "workspace", None)
     if kept is None or kept.numel() < nbytes:
         _local.workspace = None  # give the old one back first
-        kept = _local.workspace = torch.empty(nbytes, dtype=torch.uint8)
+        kept = _local.workspace = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
     return kept
 
 

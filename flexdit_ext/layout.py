@@ -31,7 +31,7 @@ class TokenLayout:
             rows += frames * height * width
         if rows >= 2**31:
             raise ValueError(f"grids hold {rows} tokens in all, at most 2^31 - 1 are allowed")
-        self.table = torch.tensor([*table, [rows, 0, 0, 0]], dtype=torch.int32)
+        self.table = torch.tensor([*table, [rows, 0, 0, 0]], dtype=torch.int32, device="cpu")
         self.rows = rows
 
     @classmethod
@@ -53,9 +53,9 @@ class TokenLayout:
         tokens = frames * height * width
         if batch < 0 or batch * tokens >= 2**31:
             raise ValueError(f"batch is {batch}, must be at least 0 and give fewer than 2^31 tokens of {grid}")
-        offsets = (torch.arange(batch + 1, dtype=torch.int32) * tokens)[:, None]
-        sides = torch.tensor([[frames, height, width]], dtype=torch.int32).expand(batch, 3)
-        sides = torch.cat([sides, torch.zeros(1, 3, dtype=torch.int32)])
+        offsets = (torch.arange(batch + 1, dtype=torch.int32, device="cpu") * tokens)[:, None]
+        sides = torch.tensor([[frames, height, width]], dtype=torch.int32, device="cpu").expand(batch, 3)
+        sides = torch.cat([sides, torch.zeros(1, 3, dtype=torch.int32, device="cpu")])
         return cls.of(torch.cat([offsets, sides], dim=1), batch * tokens)
 
     @property

@@ -386,7 +386,7 @@ def _core_schedule(begins: tuple[int, ...], sides: tuple[int, ...], num_timestep
 @custom_op("flexdit_ext::select_tokens", mutates_args=())
 def _select_tokens(t: Tensor, begins: Sequence[int], sides: Sequence[int], num_timesteps: int) -> Tensor:
     require_cpu("select_tokens", t=t)
-    table = torch.empty(t.shape[0] + 1, 4, dtype=torch.int32)
+    table = torch.empty(t.shape[0] + 1, 4, dtype=torch.int32, device="cpu")
     schedule = _core_schedule(tuple(begins), tuple(sides), num_timesteps)
     _C.select_tokens(t.to(torch.float64).contiguous(), schedule, table, threads())
     return table
@@ -423,7 +423,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     require_cpu("attention", q=q, k=k, v=v)
     out = empty_rows(q, *q.shape)
-    lse = torch.empty(q.shape[0], num_heads, dtype=torch.promote_types(q.dtype, torch.float32))
+    lse = torch.empty(q.shape[0], num_heads, dtype=torch.promote_types(q.dtype, torch.float32), device="cpu")
     _C.attention(rows(q), rows(k), rows(v), num_heads, table_q, table_k, out, lse, threads())
     return out, lse
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -108,6 +109,23 @@ def test_modes_without_gradients():
     assert torch.equal(plain, inference)
     # Backward needs GELU's input, so a forward that keeps it computes GELU apart from its linear layer.
     assert relative_error(plain.double(), expected.detach().double()) <= 3e-6  # worst 2.2e-7
+
+
+def test_another_default_device():
+    """What the library allocates for itself is on the CPU, whatever torch.device says; in a thread of its own, whose
+    workspace has never been used."""
+    model = random_model(torch.float32)
+    inputs = model_inputs(model.config, 2)
+    grids = [None, (3, 3), [(3, 3), (2, 1)]]
+
+    def run():
+        with torch.device("meta"):
+            return [model(*inputs, grid) for grid in grids]
+
+    expected = [model(*inputs, grid) for grid in grids]
+    with ThreadPoolExecutor(1) as pool:
+        actual = pool.submit(run).result()
+    assert all(map(torch.equal, actual, expected))
 
 
 def test_autocast():
