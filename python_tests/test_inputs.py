@@ -378,7 +378,7 @@ BAD_SCHEDULES = {
     "too few begins": ({"begins": [0, 1, 2]}, ValueError, "begins"),
     "late first begin": ({"begins": [1, 2, 3, 4]}, ValueError, "begins"),
     "repeated begin": ({"begins": [0, 1, 1, 4]}, ValueError, "begins"),
-    "begin behind the end": ({"begins": [0, 1, 2, 1000]}, ValueError, "begins"),
+    "begin behind the end": ({"begins": [0, 1, 2, 1001]}, ValueError, "begins"),
     "fractional begin": ({"begins": [0, 1.5, 2, 3]}, TypeError, "begins"),
     "begins as a string": ({"begins": "abcd"}, TypeError, "begins"),
     "begins as an int": ({"begins": 5}, TypeError, "begins"),

@@ -67,12 +67,16 @@ def test_continuous_follows_the_formula():
     side, r_min, r_max = 17, 0.61, 0.86  # not a multiple of 16: sides in steps of one
     schedule = DensitySchedule.continuous(r_min, r_max, (side, side))
     assert schedule.grid(0) == schedule.grid(249) == (10, 10)
-    for t in range(1000):
+    for t in range(1001):
         keep = 1 - continuous_rate(t, r_min, r_max, 1000) + 0.005
         assert schedule.grid(t) == (math.floor(side * math.sqrt(keep)),) * 2
     assert schedule.begins[0] == 0 and all(
         schedule.grid(begin) != schedule.grid(begin - 1) for begin in schedule.begins[1:]
     )
+
+    # Pure noise, where flow matching starts, may be alone on its grid.
+    schedule = DensitySchedule.continuous(0.3, 0.97, (16, 16))
+    assert (schedule.grid(999), schedule.grid(1000)) == ((3, 3), (2, 2))
 
 
 rates = st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)).map(sorted)
@@ -93,7 +97,7 @@ def test_schedules_of_pruning_rates(rates, dense, total, continuous):
     # Tokens never grow towards noise, and neither does any side.
     assert all(a >= b for before, after in pairwise(sparse) for a, b in zip(before, after, strict=True))
     # The segments cover [0, T] without a gap.
-    assert schedule.begins[0] == 0 and schedule.begins[-1] < total
+    assert schedule.begins[0] == 0 and schedule.begins[-1] <= total
     assert list(schedule.begins) == sorted(set(schedule.begins))
     for i, begin in enumerate(schedule.begins):
         end = schedule.begins[i + 1] if i + 1 < len(grids) else total + 1

@@ -66,9 +66,9 @@ DensitySchedule::DensitySchedule(std::vector<Grid> grids, std::vector<int64_t> b
     : grids_(std::move(grids)), begins_(std::move(begins)), num_timesteps_(num_timesteps) {
   require(!grids_.empty(), "grids is empty, must hold at least one grid");
   require(num_timesteps_ >= 1, "num_timesteps is " + std::to_string(num_timesteps_) + ", must be at least 1");
-  require(static_cast<int64_t>(grids_.size()) <= num_timesteps_,
+  require(static_cast<int64_t>(grids_.size()) <= num_timesteps_ + 1,
           "grids holds " + std::to_string(grids_.size()) +
-              " grids, at most num_timesteps = " + std::to_string(num_timesteps_) + " are allowed");
+              " grids, at most num_timesteps + 1 = " + std::to_string(num_timesteps_ + 1) + " are allowed");
   require(begins_.size() == grids_.size(), "begins holds " + std::to_string(begins_.size()) +
                                                " timesteps, must hold one for each of the " +
                                                std::to_string(grids_.size()) + " grids");
@@ -77,8 +77,8 @@ DensitySchedule::DensitySchedule(std::vector<Grid> grids, std::vector<int64_t> b
     require_grid("grids[" + std::to_string(i) + "]", grids_[i]);
     require(i == 0 || begins_[i] > begins_[i - 1], "begins must ascend");
   }
-  require(begins_.back() < num_timesteps_, "begins ends with " + std::to_string(begins_.back()) +
-                                               ", must be below num_timesteps = " + std::to_string(num_timesteps_));
+  require(begins_.back() <= num_timesteps_, "begins ends with " + std::to_string(begins_.back()) +
+                                                ", must be at most num_timesteps = " + std::to_string(num_timesteps_));
 }
 
 size_t DensitySchedule::segment(double t) const {
@@ -129,7 +129,7 @@ DensitySchedule DensitySchedule::continuous(double r_min, double r_max, Grid den
   require_grid("dense_grid", dense);
   std::vector<Grid> grids;
   std::vector<int64_t> begins;
-  for (int64_t t = 0; t < num_timesteps; ++t) {
+  for (int64_t t = 0; t <= num_timesteps; ++t) {  // t = T, pure noise, may have a grid of its own
     const Grid grid = grid_at_pruning_rate(pruning_rate_at(static_cast<double>(t), r_min, r_max, num_timesteps), dense);
     if (!grids.empty() && grid == grids.back()) continue;
     grids.push_back(grid);

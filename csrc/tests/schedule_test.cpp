@@ -166,12 +166,12 @@ TEST_CASE(schedule_arguments) {
   CHECK(names(argument_error([] { DensitySchedule({}, {}, 10); }), "grids"));
   CHECK(names(argument_error([] { DensitySchedule(distinct_grids(2), 0); }), "num_timesteps"));
   CHECK(names(argument_error([] { DensitySchedule(distinct_grids(2), -5); }), "num_timesteps"));
-  CHECK(names(argument_error([] { DensitySchedule(distinct_grids(3), 2); }), "grids"));
+  CHECK(names(argument_error([] { DensitySchedule(distinct_grids(4), 2); }), "grids"));
   CHECK(names(argument_error([] { DensitySchedule({{1, 2, 2}, {1, 0, 2}}); }), "grids[1]"));
   CHECK(names(argument_error([] { DensitySchedule(distinct_grids(2), {0}, 10); }), "begins"));
   CHECK(names(argument_error([] { DensitySchedule(distinct_grids(2), {1, 2}, 10); }), "begins"));
   CHECK(names(argument_error([] { DensitySchedule(distinct_grids(2), {0, 0}, 10); }), "begins"));
-  CHECK(names(argument_error([] { DensitySchedule(distinct_grids(2), {0, 10}, 10); }), "begins"));
+  CHECK(names(argument_error([] { DensitySchedule(distinct_grids(2), {0, 11}, 10); }), "begins"));
 }
 
 TEST_CASE(pruning_rate_arguments) {
