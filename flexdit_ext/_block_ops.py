@@ -273,7 +273,7 @@ condition.register_autograd(_condition_gradient, setup_context=_save_condition)
 
 
 def _patches(image: Tensor, patch: int, channels_last: bool) -> _C.Patches:
-    return _C.Patches(*image.shape, patch, channels_last)
+    return _C.Patches(image.shape[1], patch, channels_last)
 
 
 def _num_patches(image: Tensor, patch: int) -> int:

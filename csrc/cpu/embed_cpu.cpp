@@ -7,17 +7,20 @@ namespace {
 // Moves every element between image and rows; `to_rows` says which way.
 template <class T>
 void move_patches(const Patches& p, bool to_rows, int threads) {
-  const int64_t patch = p.patch, down = p.height / patch, across = p.width / patch;
-  T* image = static_cast<T*>(p.image);
+  const int64_t patch = p.patch, total = p.layout.total();
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t r = 0; r < p.batch * down * across; ++r) {
-    const int64_t b = r / (down * across), top = r / across % down * patch, left = r % across * patch;
+  for (int64_t r = 0; r < total; ++r) {
+    const int64_t b = p.layout.sample_of(r), token = r - p.layout.offset(b);
+    const Grid& grid = p.layout.grid(b);
+    const int64_t top = token / grid.width * patch, left = token % grid.width * patch;
+    const int64_t height = int64_t{grid.frames} * grid.height * patch, width = grid.width * patch;
+    T* image = static_cast<T*>(p.image) + p.layout.offset(b) * p.channels * patch * patch;
     T* values = row<T>(p.rows, r);
     for (int64_t c = 0; c < p.channels; ++c)
       for (int64_t y = 0; y < patch; ++y)
         for (int64_t x = 0; x < patch; ++x) {
           const int64_t column = p.channels_last ? (y * patch + x) * p.channels + c : (c * patch + y) * patch + x;
-          T& pixel = image[((b * p.channels + c) * p.height + top + y) * p.width + left + x];
+          T& pixel = image[(c * height + top + y) * width + left + x];
           if (to_rows)
             values[column] = pixel;
           else

@@ -91,7 +91,7 @@ void pool_tokens(const PoolTokens& p, int threads) {
 #pragma omp simd
           for (int64_t i = 0; i < count; ++i) sum[i] += load(x, i);
           if (!p.position) return;
-          const T* position = row<T>(p.position, n) + first;
+          const T* position = row<T>(p.position.rows, p.position.first(b) + n) + first;
 #pragma omp simd
           for (int64_t i = 0; i < count; ++i) sum[i] += load(position, i);
         });
@@ -143,7 +143,7 @@ void gather_sparse(const GatherSparse& p, int threads) {
       const T *from_x = row<T>(p.x, r), *from_s = row<T>(p.s, p.sparse_layout.offset(b) + source);
       T* out = row<T>(p.out, r);
       if (p.position) {
-        const T* position = row<T>(p.position, n);
+        const T* position = row<T>(p.position.rows, p.position.first(b) + n);
 #pragma omp simd
         for (int64_t i = 0; i < p.x.cols; ++i) store(out, i, load(from_x, i) + load(from_s, i) + load(position, i));
       } else {
@@ -187,8 +187,9 @@ void add_position(const AddPosition& p, int threads) {
     const int64_t rows = p.layout.total();
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t r = 0; r < rows; ++r) {
+      const int64_t b = p.layout.sample_of(r);
       T* x = row<T>(p.x, r);
-      const T* position = row<T>(p.position, r - p.layout.offset(p.layout.sample_of(r)));
+      const T* position = row<T>(p.position.rows, p.position.first(b) + r - p.layout.offset(b));
 #pragma omp simd
       for (int64_t i = 0; i < p.x.cols; ++i) store(x, i, load(x, i) + load(position, i));
     }

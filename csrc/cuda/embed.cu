@@ -12,11 +12,17 @@ __device__ __forceinline__ int64_t element_of_thread() { return int64_t{blockIdx
 // One thread per value, neighbours along an image's row: reads or writes of the image are contiguous.
 template <class T>
 __global__ void __launch_bounds__(kThreads) move_patches_kernel(Patches p, bool to_rows) {
-  const int64_t i = element_of_thread();
-  if (i >= p.batch * p.channels * p.height * p.width) return;
-  const int64_t x = i % p.width, y = i / p.width % p.height, plane = i / (p.width * p.height);
-  const int64_t c = plane % p.channels, b = plane / p.channels;
-  const int64_t r = (b * (p.height / p.patch) + y / p.patch) * (p.width / p.patch) + x / p.patch;
+  const int64_t i = element_of_thread(), values = p.channels * p.patch * p.patch;
+  if (i >= p.rows.rows * values) return;
+  if (i >= p.layout.total() * values) {  // spare rows; the image has none
+    if (to_rows) row<T>(p.rows, i / values)[i % values] = from_float<T>(0.f);
+    return;
+  }
+  const int64_t b = p.layout.sample_of(i / values), inside = i - p.layout.offset(b) * values;
+  const Grid grid = p.layout.grid(b);
+  const int64_t width = grid.width * p.patch, height = int64_t{grid.frames} * grid.height * p.patch;
+  const int64_t x = inside % width, y = inside / width % height, c = inside / (width * height);
+  const int64_t r = p.layout.offset(b) + y / p.patch * grid.width + x / p.patch;
   const int64_t in_patch = y % p.patch * p.patch + x % p.patch;
   T* value = row<T>(p.rows, r) + (p.channels_last ? in_patch * p.channels + c : c * p.patch * p.patch + in_patch);
   T* pixel = static_cast<T*>(p.image) + i;
@@ -29,7 +35,7 @@ __global__ void __launch_bounds__(kThreads) move_patches_kernel(Patches p, bool 
 void move_patches(const char* name, const Patches& p, bool to_rows, const Execution& exec) {
   with_type(p.rows.dtype, [&](auto tag) {
     launch({name, p.rows.rows, p.rows.cols}, move_patches_kernel<decltype(tag)>,
-           blocks_for(p.batch * p.channels * p.height * p.width), kThreads, 0, exec, p, to_rows);
+           blocks_for(p.rows.rows * p.rows.cols), kThreads, 0, exec, p, to_rows);
   });
 }
 

@@ -75,7 +75,8 @@ struct GatherBackward {  // dense tokens to the sparse row that they were gather
 
 struct BoxSums {
   TokenLayout dense, sparse;
-  Matrix in, position;  // position: added to each token of `in`, or empty
+  Matrix in;
+  PositionTable position;  // added to each token of `in`, or empty
   Matrix out;
   bool accumulate;
 };
@@ -107,7 +108,8 @@ __global__ void __launch_bounds__(kRowThreads, 3) box_sums_kernel(BoxSums p) {
         const int token = token_at(Kind::kToDense ? sparse : dense, frame, y, x);
         const float weight = Kind::weight(box, dense, sparse, {frame, y, x});
         add_row<T, V>(sums, row<T>(p.in, begin + token), weight, cols);
-        if (p.position.data) add_row<T, V>(sums, row<T>(p.position, token), weight, cols);
+        if (p.position.rows.data)
+          add_row<T, V>(sums, row<T>(p.position.rows, p.position.first(sample) + token), weight, cols);
       }
   T* out = row<T>(p.out, r);
   for_vectors<V>(cols, [&](int k, int column) {
@@ -127,7 +129,7 @@ void launch_box_sums(const char* name, const BoxSums& p, const Execution& exec) 
         launch({name, p.out.rows, p.out.cols}, box_sums_kernel<decltype(tag), vector(), Kind>,
                row_blocks<vector()>(p.out.rows), kRowThreads, 0, exec, p);
       },
-      p.in, p.position, p.out);
+      p.in, p.position.rows, p.out);
 }
 
 template <class T, int V>
@@ -142,7 +144,8 @@ __device__ __forceinline__ void add_to(Row<T, V>& out, const T* one, const T* ot
 }
 
 struct GatheredRows {
-  Matrix s, x, position;
+  Matrix s, x;
+  PositionTable position;
   TokenLayout sparse_layout;
   template <class T, int V>
   __device__ __forceinline__ Row<T, V> row_at(const TokenLayout& layout, int64_t sample, int64_t r, int cols) const {
@@ -154,19 +157,20 @@ struct GatheredRows {
     const int source = token_at(sparse, int(nearest_source(at.frame, dense.frames, sparse.frames)),
                                 int(nearest_source(at.y, dense.height, sparse.height)),
                                 int(nearest_source(at.x, dense.width, sparse.width)));
-    add_to(out, row<T>(s, sparse_layout.offset(sample) + source), position.data ? row<T>(position, token) : nullptr,
-           cols);
+    add_to(out, row<T>(s, sparse_layout.offset(sample) + source),
+           position.rows.data ? row<T>(position.rows, position.first(sample) + token) : nullptr, cols);
     return out;
   }
 };
 
 struct PositionedRows {
-  Matrix x, position;
+  Matrix x;
+  PositionTable position;
   template <class T, int V>
   __device__ __forceinline__ Row<T, V> row_at(const TokenLayout& layout, int64_t sample, int64_t r, int cols) const {
     Row<T, V> out;
     out.read(row<T>(x, r), cols);
-    add_to<T, V>(out, row<T>(position, r - layout.offset(sample)), nullptr, cols);
+    add_to<T, V>(out, row<T>(position.rows, position.first(sample) + r - layout.offset(sample)), nullptr, cols);
     return out;
   }
 };
@@ -184,7 +188,7 @@ void pool_tokens_backward(const PoolTokensBackward& p, const Execution& exec) {
 
 void gather_sparse(const GatherSparse& p, const Execution& exec) {
   launch_rows("gather_sparse", p.layout, GatheredRows{p.s, p.x, p.position, p.sparse_layout}, p.out,
-              Norm{p.shift, p.scale, p.normed, float(p.eps)}, exec, p.s, p.x, p.position);
+              Norm{p.shift, p.scale, p.normed, float(p.eps)}, exec, p.s, p.x, p.position.rows);
 }
 
 void gather_sparse_backward(const GatherSparseBackward& p, const Execution& exec) {
@@ -193,7 +197,7 @@ void gather_sparse_backward(const GatherSparseBackward& p, const Execution& exec
 }
 
 void add_position(const AddPosition& p, const Execution& exec) {
-  launch_rows("add_position", p.layout, PositionedRows{p.x, p.position}, p.x, Norm{}, exec, p.position);
+  launch_rows("add_position", p.layout, PositionedRows{p.x, p.position}, p.x, Norm{}, exec, p.position.rows);
 }
 
 }  // namespace flexdit::cuda

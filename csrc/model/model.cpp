@@ -167,19 +167,15 @@ class Walk {
   Patches image(void* data) const {
     return {.image = data,
             .rows = patches,
-            .batch = p_.batch,
+            .layout = dense_layout(),
             .channels = c_.in_channels,
-            .height = c_.input_height,
-            .width = c_.input_width,
             .patch = c_.patch_size};
   }
   Patches final_image(void* data) const {
     return {.image = data,
             .rows = final_rows,
-            .batch = p_.batch,
+            .layout = dense_layout(),
             .channels = c_.out_channels,
-            .height = c_.input_height,
-            .width = c_.input_width,
             .patch = c_.patch_size,
             .channels_last = true};
   }

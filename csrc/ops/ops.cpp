@@ -103,16 +103,18 @@ void check_norm_fields(Checker& check, const Matrix& shift, const Matrix& scale,
   check.tokens("normed", normed, rows, cols);
 }
 
-void check_exchange(Checker& check, const TokenLayout& dense, const TokenLayout& sparse, const Matrix& position) {
+void check_exchange(Checker& check, const TokenLayout& dense, const TokenLayout& sparse, const PositionTable& position) {
   check.layout("layout", dense, dense.batch);
   check.layout("sparse_layout", sparse, dense.batch);
   for (int64_t b = 0; check.on_cpu() && b < dense.batch; ++b) {
     const Grid &g = dense.grid(b), &s = sparse.grid(b);
     check.holds(s.frames <= g.frames && s.height <= g.height && s.width <= g.width,
                 "sparse grid of sample " + std::to_string(b) + " is larger than its dense grid");
-    check.holds(!position || g.tokens() == position.rows, "position has " + std::to_string(position.rows) +
-                                                              " rows, sample " + std::to_string(b) + " has " +
-                                                              std::to_string(g.tokens()) + " tokens");
+    if (!position) continue;
+    const int64_t rows = position.rows.rows, first = position.first(b);
+    const bool fits = position.offset ? first >= 0 && first + g.tokens() <= rows : g.tokens() == rows;
+    check.holds(fits, "position has " + std::to_string(rows) + " rows, sample " + std::to_string(b) + " has " +
+                          std::to_string(g.tokens()) + " tokens from row " + std::to_string(first) + " on");
   }
 }
 
@@ -246,7 +248,7 @@ void pool_tokens(const PoolTokens& p, const Execution& exec) {
   check.columns(p.x.cols);
   check_exchange(check, p.layout, p.sparse_layout, p.position);
   check.tokens("x", p.x, check.rows(p.layout, p.x), p.x.cols);
-  if (p.position) check.matrix("position", p.position, p.position.rows, p.x.cols);
+  if (p.position) check.matrix("position", p.position.rows, p.position.rows.rows, p.x.cols);
   check.tokens("out", p.out, check.rows(p.sparse_layout, p.out), p.x.cols);
   FLEXDIT_RUN(cpu::kernels().pool_tokens, cuda::pool_tokens);
 }
@@ -267,7 +269,7 @@ void gather_sparse(const GatherSparse& p, const Execution& exec) {
   const int64_t rows = check.rows(p.layout, p.x), cols = p.x.cols;
   check.tokens("x", p.x, rows, cols);
   check.tokens("s", p.s, check.rows(p.sparse_layout, p.s), cols);
-  if (p.position) check.matrix("position", p.position, p.position.rows, cols);
+  if (p.position) check.matrix("position", p.position.rows, p.position.rows.rows, cols);
   check.tokens("out", p.out, rows, cols);
   check_norm_fields(check, p.shift, p.scale, p.normed, p.layout.batch, rows, cols);
   FLEXDIT_RUN(cpu::kernels().gather_sparse, cuda::gather_sparse);
@@ -287,7 +289,7 @@ void add_position(const AddPosition& p, const Execution& exec) {
   check.columns(p.x.cols);
   check_exchange(check, p.layout, p.layout, p.position);
   check.tokens("x", p.x, check.rows(p.layout, p.x), p.x.cols);
-  check.matrix("position", p.position, p.position.rows, p.x.cols);
+  check.matrix("position", p.position.rows, p.position.rows.rows, p.x.cols);
   FLEXDIT_RUN(cpu::kernels().add_position, cuda::add_position);
 }
 
@@ -361,10 +363,9 @@ void silu_backward(const SiluBackward& p, const Execution& exec) {
 namespace {
 
 void check_patches(Checker& check, const Patches& p) {
-  check.holds(p.patch >= 1 && p.height % p.patch == 0 && p.width % p.patch == 0,
-              "patch is " + std::to_string(p.patch) + ", must divide height " + std::to_string(p.height) +
-                  " and width " + std::to_string(p.width));
-  check.matrix("rows", p.rows, p.batch * (p.height / p.patch) * (p.width / p.patch), p.channels * p.patch * p.patch);
+  check.holds(p.patch >= 1, "patch is " + std::to_string(p.patch) + ", must be at least 1");
+  check.layout("layout", p.layout, p.layout.batch);
+  check.tokens("rows", p.rows, check.rows(p.layout, p.rows), p.channels * p.patch * p.patch);
   check.holds(p.image != nullptr || p.rows.rows == 0, "image is missing");
 }
 

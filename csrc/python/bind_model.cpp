@@ -88,7 +88,7 @@ void bind_ends(py::module_& m) {
   m.def("final_layer_forward", [](const py::sequence& parameters, py::object x, py::object condition, py::object table,
                                   py::object rows, Patches image, py::object out, py::object workspace, int threads) {
     const auto list = matrices(parameters);
-    image.image = pointer<void>(out), image.rows = matrix(rows);
+    image.image = pointer<void>(out), image.rows = matrix(rows), image.layout = layout(table);
     const FinalLayerForward p{.parameters = list,
                               .layout = layout(table),
                               .x = matrix(x),
@@ -104,7 +104,7 @@ void bind_ends(py::module_& m) {
            Patches image, py::object grad_out, py::object grad_x, py::object grad_condition,
            const py::sequence& grad_parameters, py::object workspace, int threads) {
           const auto list = matrices(parameters), grads = matrices(grad_parameters);
-          image.image = pointer<void>(grad_out), image.rows = matrix(rows);
+          image.image = pointer<void>(grad_out), image.rows = matrix(rows), image.layout = layout(table);
           FinalLayerBackward p;
           p.parameters = list, p.layout = layout(table), p.x = matrix(x), p.condition = matrix(condition);
           p.workspace = pointer<void>(workspace);
@@ -142,16 +142,10 @@ void bind_ends(py::module_& m) {
         });
   py::class_<Patches>(m, "Patches")
       .def(py::init(
-               [](int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t patch, bool channels_last) {
-                 return Patches{.batch = batch,
-                                .channels = channels,
-                                .height = height,
-                                .width = width,
-                                .patch = patch,
-                                .channels_last = channels_last};
+               [](int64_t channels, int64_t patch, bool channels_last) {
+                 return Patches{.channels = channels, .patch = patch, .channels_last = channels_last};
                }),
-           py::arg("batch"), py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("patch"),
-           py::arg("channels_last"));
+           py::arg("channels"), py::arg("patch"), py::arg("channels_last"));
   m.def("patch_embed_workspace", [](py::object rows, int64_t hidden) {
     const Matrix view = matrix(rows);
     return patch_embed_backward_workspace_bytes(view.rows, hidden, view.cols, view.dtype);
@@ -159,7 +153,7 @@ void bind_ends(py::module_& m) {
   m.def("patch_embed_forward", [](const py::sequence& parameters, py::object x, py::object rows, Patches image,
                                   py::object position, py::object table, py::object out, int threads) {
     const auto list = matrices(parameters);
-    image.image = pointer<void>(x), image.rows = matrix(rows);
+    image.image = pointer<void>(x), image.rows = matrix(rows), image.layout = layout(table);
     const PatchEmbedForward p{
         .parameters = list, .image = image, .position = matrix(position), .layout = layout(table), .out = matrix(out)};
     const py::gil_scoped_release release;
@@ -172,6 +166,7 @@ void bind_ends(py::module_& m) {
           PatchEmbedBackward p;
           p.parameters = list, p.layout = layout(table);
           p.image = image, p.image.image = pointer<void>(grad_x), p.image.rows = matrix(rows);
+          p.image.layout = p.layout;
           p.grad_out = matrix(grad_out), p.grad_parameters = grads, p.workspace = pointer<void>(workspace);
           const py::gil_scoped_release release;
           patch_embed_backward(p, on_threads(threads));

@@ -229,7 +229,8 @@ TEST_CASE(patches) {
     for (const bool channels_last : {false, true}) {
       Tensor image = random_tensor(kBatch * kChannels * kHeight, kWidth, dtype, random);
       Tensor back(kBatch * kChannels * kHeight, kWidth, dtype), out(rows, cols, dtype, true);
-      Patches p{image.data(), out.view(), kBatch, kChannels, kHeight, kWidth, kPatch, channels_last};
+      const HostLayout layout(kBatch, {1, kHeight / kPatch, kWidth / kPatch});
+      Patches p{image.data(), out.view(), layout.view(), kChannels, kPatch, channels_last};
       patchify(p, kCuda);
       const Values got = out.values();
       if (dtype != DType::float16) {

@@ -281,10 +281,8 @@ TEST_CASE(no_modules_is_a_dense_transformer) {
   Tensor patches = tensor(rows, c.in_channels * p2), a = tensor(rows, c.hidden), b = tensor(rows, c.hidden);
   Patches image{.image = s.x.data(),
                 .rows = patches.view(),
-                .batch = batch,
+                .layout = layout.view(),
                 .channels = c.in_channels,
-                .height = c.input_height,
-                .width = c.input_width,
                 .patch = c.patch_size};
   patch_embed_forward(
       {.parameters = all.subspan(1, 2), .image = image, .position = all[0], .layout = layout.view(), .out = a.view()},

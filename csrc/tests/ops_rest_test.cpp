@@ -23,12 +23,11 @@ void check_patches(DType dtype, int64_t batch, int64_t channels, int64_t height,
   Tensor image(random_values(batch * channels * height, width, random), dtype),
       back(batch * channels * height, width, dtype);
   Tensor rows(batch * down * across, values, dtype, true);
+  const HostLayout layout(batch, {1, int32_t(down), int32_t(across)});
   Patches p{.image = image.data(),
             .rows = rows.view(),
-            .batch = batch,
+            .layout = layout.view(),
             .channels = channels,
-            .height = height,
-            .width = width,
             .patch = patch,
             .channels_last = channels_last};
   patchify(p, {});
@@ -230,10 +229,10 @@ TEST_CASE(other_arguments) {
   a.layout_k = two.view(), a.lse = Tensor(8, 3, DType::float64).view();
   CHECK(says(argument_error([&] { attention(a, {}); }), "attention", "lse is float64"));
 
-  const Patches patches{
-      .image = x.data(), .rows = y.view(), .batch = 1, .channels = 1, .height = 5, .width = 4, .patch = 2};
-  CHECK(says(argument_error([&] { patchify(patches, {}); }), "patchify", "patch is 2"));
-  CHECK(says(argument_error([&] { unpatchify(patches, {}); }), "unpatchify", "patch is 2"));
+  Patches patches{.image = x.data(), .rows = y.view(), .layout = two.view(), .channels = 1, .patch = 0};
+  CHECK(says(argument_error([&] { patchify(patches, {}); }), "patchify", "patch is 0"));
+  patches.patch = 2;
+  CHECK(says(argument_error([&] { unpatchify(patches, {}); }), "unpatchify", "rows is "));
   const double t[] = {0, 1};
   Tensor odd(2, 5, DType::float32);
   CHECK(says(argument_error([&] { timestep_embedding({.t = t, .out = odd.view()}, {}); }), "timestep_embedding",

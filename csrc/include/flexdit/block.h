@@ -46,7 +46,7 @@ struct BlockForward {
   Matrix x;                   // [rows, C]
   Matrix other;               // [other_rows, C] or empty
   Matrix condition;           // [B, C]: t_emb + y_emb
-  Matrix position;            // recovery with reinject_position: [N, C], else empty
+  PositionTable position;     // recovery with reinject_position, else empty
   Matrix out;                 // [rows, C], written; must not be x
   void* context = nullptr;    // block_context_bytes(shape) for backward, or null: nothing is kept
   void* workspace = nullptr;  // block_workspace_bytes(shape, context != nullptr)
@@ -108,8 +108,8 @@ void condition_backward(const ConditionBackward& p, const Execution& exec);
 // tokens = patches W^T + b + position. Parameters: patch_embed.weight as [C, in * p * p], patch_embed.bias.
 struct PatchEmbedForward {
   std::span<const Matrix> parameters;
-  Patches image;    // rows: [R, in * p * p], written by forward, read by backward
-  Matrix position;  // [N, C]
+  Patches image;  // rows: [R, in * p * p], written by forward, read by backward
+  PositionTable position;
   TokenLayout layout;
   Matrix out;  // [R, C], written
 };

@@ -20,6 +20,7 @@ struct Linear {
   Matrix bias;    // [1, N] or empty
   Matrix y;       // [M, N], written
   Activation activation = Activation::none;
+  Matrix pre_activation;  // [M, N], x weight^T + bias, written for a backward to come, or empty
 };
 struct LinearBackward {
   Matrix x;            // [M, K]
@@ -29,6 +30,7 @@ struct LinearBackward {
   Matrix grad_weight;  // [N, K], written, or empty
   Matrix grad_bias;    // [1, N], written, or empty
   bool accumulate_grad_x = false;
+  Matrix gelu_input;          // [M, K]: x is GELU of it, and grad_x becomes its gradient; or empty
   void* workspace = nullptr;  // linear_backward_workspace() bytes
 };
 // Sums over the rows are kept in float32 [N, K] while grad_weight is stored in bfloat16 or float16.
@@ -106,12 +108,26 @@ struct ModulatedMeanBackward {
 void modulated_mean(const ModulatedMean& p, const Execution& exec);
 void modulated_mean_backward(const ModulatedMeanBackward& p, const Execution& exec);
 
-// out = adaptive average pooling of x (+ position) from each sample's dense grid to its sparse grid.
+// Fixed position tables [P, C], one behind the other: the table of sample b begins at row offset[b], or at row 0 where
+// offset is null and all samples have the same dense grid.
+struct PositionTable {
+  Matrix rows;
+  const int32_t* offset = nullptr;  // [B] on exec's device, or null
+
+  PositionTable(const Matrix& table = {}, const int32_t* offsets = nullptr) : rows(table), offset(offsets) {}
+  explicit operator bool() const { return bool(rows); }
+  constexpr int64_t first(int64_t sample) const { return offset ? offset[sample] : 0; }
+};
+
+// out = adaptive average pooling of x (+ position) from each sample's dense grid to its sparse grid, and with `normed`
+// its modulated layer norm in the same pass: the queries of token generation.
 struct PoolTokens {
-  Matrix x;         // [R, C]
-  Matrix position;  // [N, C] fixed table of the dense grid, or empty
+  Matrix x;                // [R, C]
+  PositionTable position;  // of the dense grids, or empty
   TokenLayout layout, sparse_layout;
-  Matrix out;  // [Rs, C], written
+  Matrix out;                   // [Rs, C], written
+  Matrix shift, scale, normed;  // [B, C], [B, C], [Rs, C]: all or none
+  double eps = kLayerNormEps;
 };
 struct PoolTokensBackward {
   TokenLayout layout, sparse_layout;
@@ -125,9 +141,9 @@ void pool_tokens_backward(const PoolTokensBackward& p, const Execution& exec);
 // out[n] = x[n] + s[nearest sparse token of n] (+ position[n]), and with `normed` its modulated layer norm.
 // With s = W_1 of the sparse tokens this is identity 2 of method.md.
 struct GatherSparse {
-  Matrix s;         // [Rs, C]
-  Matrix x;         // [R, C]
-  Matrix position;  // [N, C] fixed table of the dense grid, or empty
+  Matrix s;                // [Rs, C]
+  Matrix x;                // [R, C]
+  PositionTable position;  // of the dense grids, or empty
   TokenLayout layout, sparse_layout;
   Matrix out;                   // [R, C], written; may be x
   Matrix shift, scale, normed;  // [B, C], [B, C], [R, C]: all or none
@@ -143,8 +159,8 @@ void gather_sparse_backward(const GatherSparseBackward& p, const Execution& exec
 
 // x[n] += position[n] for every sample.
 struct AddPosition {
-  Matrix x;         // [R, C], updated
-  Matrix position;  // [N, C]
+  Matrix x;  // [R, C], updated
+  PositionTable position;
   TokenLayout layout;
 };
 void add_position(const AddPosition& p, const Execution& exec);
@@ -187,12 +203,15 @@ void gelu_backward(const GeluBackward& p, const Execution& exec);
 void silu(const Elementwise& p, const Execution& exec);
 void silu_backward(const SiluBackward& p, const Execution& exec);
 
-// Images [B, channels, height, width], contiguous, to and from rows of patches. Columns of a row are
-// (channel, y, x) as a convolution's weight has them, or (y, x, channel) with channels_last as DiT's final layer.
+// Packed images to and from rows of patches. Sample b's image is [channels, frames * height * patch, width * patch] of
+// its grid, contiguous, and begins at value layout.offset(b) * channels * patch^2; images of one size are just
+// [B, channels, H, W]. Columns of a row are (channel, y, x) as a convolution's weight has them, or (y, x, channel) with
+// channels_last as DiT's final layer.
 struct Patches {
   void* image = nullptr;
-  Matrix rows;  // [B * (height / patch) * (width / patch), channels * patch * patch]
-  int64_t batch = 0, channels = 0, height = 0, width = 0, patch = 1;
+  Matrix rows;  // [R, channels * patch * patch]
+  TokenLayout layout;
+  int64_t channels = 0, patch = 1;
   bool channels_last = false;
 };
 void patchify(const Patches& p, const Execution& exec);    // image -> rows
@@ -219,6 +238,77 @@ struct LabelEmbeddingBackward {
 };
 void label_embedding(const LabelEmbedding& p, const Execution& exec);
 void label_embedding_backward(const LabelEmbeddingBackward& p, const Execution& exec);
+
+// out[b, i] = standard normal value i of draw `draw` of the stream of seeds[b]. The same for every batch and device:
+// value i comes from Philox4x32-10 (Salmon et al., SC 2011) with the seed as key and (i / 4, draw) as counter, by
+// Box and Muller's transform; devices differ by the rounding of log and cos.
+struct NormalNoise {
+  const uint64_t* seeds = nullptr;  // [B] on exec's device
+  uint32_t draw = 0;
+  Matrix out;  // [B, n] float32 or float64 (on the CPU), written
+};
+void normal_noise(const NormalNoise& p, const Execution& exec);
+
+// The numbers of one sample in one step of a sampler (sampler.h), on exec's device. With c for these numbers:
+//   prediction = uncond + c.guidance (cond - uncond), where there are both, in the guided channels
+//   x0 = c.x0_from_x x + c.x0_from_output prediction, clamped to [-1, 1] with clip_x0
+//   x  = c.x_coef x + c.x0_coef x0 + c.x0_previous_coef (x0 of the step before) + c.noise_coef noise
+// With learned variance the noise's factor is exp(((1 - f) log_variance_small + f log_variance_large) / 2) instead,
+// f = (v + 1) / 2 with v from the output's second half (IDDPM, arXiv 2102.09672, eq. 15).
+struct StepNumbers {
+  double x0_from_x, x0_from_output, x_coef, x0_coef, x0_previous_coef, noise_coef;
+  double log_variance_small, log_variance_large;
+  double guidance;
+  uint64_t seed;           // noise is draw `draw` of this stream, read where noise_coef > 0
+  uint32_t draw;
+  int32_t conditional;     // the model's sample with this one's label
+  int32_t unconditional;   // and the one with the null label, or -1
+  int32_t learned_variance, clip_x0;
+};
+struct DenoiseStep {
+  const StepNumbers* numbers = nullptr;  // [B] on exec's device
+  TokenLayout layout;                    // dense tokens of the B samples
+  TokenLayout model_layout;              // dense tokens of the model's batch
+  int64_t rows = 0;                      // tokens that the samples' buffers have room for, at least the layout's
+  int64_t channels = 0, out_channels = 0, patch = 1, guided_channels = 0;
+  DType dtype = DType::float32;   // of output
+  const void* output = nullptr;   // the model's images, packed as Patches says, [out_channels, H, W] each
+  DType state = DType::float32;   // of x and x0: float32, or float64 on the CPU
+  void* x = nullptr;              // the samples' images, packed, [channels, H, W] each, updated
+  void* x0 = nullptr;             // the same for x0 of the step before, read and written
+};
+void denoise_step(const DenoiseStep& p, const Execution& exec);
+
+// input[m] = x[samples[m]] in the model's dtype, for each sample m of the model's batch.
+struct ModelInput {
+  const int32_t* samples = nullptr;  // [Bm] on exec's device
+  TokenLayout layout, model_layout;
+  int64_t rows = 0;  // tokens that `input` has room for, at least the model layout's
+  int64_t channels = 0, patch = 1;
+  DType state = DType::float32;  // of x
+  const void* x = nullptr;       // packed images [channels, H, W]
+  DType dtype = DType::float32;  // of input
+  void* input = nullptr;         // packed images, written
+};
+void model_input(const ModelInput& p, const Execution& exec);
+
+// Classifier-free guidance of DiT's forward_with_cfg, in place: images [2 B, channels, pixels], both halves' first
+// `guided_channels` become uncond + scale (cond - uncond), cond being the first half.
+struct GuidanceCombine {
+  Matrix images;  // [2 B, channels * pixels], updated
+  int64_t channels = 0, guided_channels = 0;
+  double scale = 1;
+};
+void guidance_combine(const GuidanceCombine& p, const Execution& exec);
+
+// out[b] = table[*index * B + b]: the rows of one step out of a trajectory's, the step's number being on the device, so
+// that a captured graph serves every step.
+struct TakeRows {
+  Matrix table;  // [steps * B, C]
+  const int32_t* index = nullptr;
+  Matrix out;  // [B, C], written
+};
+void take_rows(const TakeRows& p, const Execution& exec);
 
 // table = the layout of sparse tokens that the schedule gives to timesteps t.
 struct SelectTokens {
