@@ -54,6 +54,7 @@ const char* instruction_set();
 // oneDNN; defined in gemm_cpu.cpp.
 void linear(const Linear& p, int threads);
 void linear_backward(const LinearBackward& p, int threads);
+PackedWeightPointer pack_weight(const Matrix& weight, int threads);  // null where oneDNN has no such product
 const char* onednn_version();
 
 namespace FLEXDIT_ISA {

@@ -149,6 +149,13 @@ void linear(const Linear& p, const Execution& exec) {
   FLEXDIT_RUN(linear_on_cpu, cuda::linear);
 }
 
+PackedWeightPointer pack_weight(const Matrix& weight, const Execution& exec) {
+  Checker check("pack_weight", exec);
+  check.matrix("weight", weight, weight.rows, weight.cols);
+  if (!check.on_cpu() || weight.dtype == DType::float64 || weight.rows == 0 || weight.cols == 0) return nullptr;
+  return cpu::pack_weight(weight, threads_of(exec));
+}
+
 void linear_backward(const LinearBackward& p, const Execution& exec) {
   Checker check("linear_backward", exec);
   check.matrix("x", p.x, p.x.rows, p.x.cols);
