@@ -249,7 +249,9 @@ void pool_tokens(const PoolTokens& p, const Execution& exec) {
   check_exchange(check, p.layout, p.sparse_layout, p.position);
   check.tokens("x", p.x, check.rows(p.layout, p.x), p.x.cols);
   if (p.position) check.matrix("position", p.position.rows, p.position.rows.rows, p.x.cols);
-  check.tokens("out", p.out, check.rows(p.sparse_layout, p.out), p.x.cols);
+  const int64_t sparse_rows = check.rows(p.sparse_layout, p.out);
+  check.tokens("out", p.out, sparse_rows, p.x.cols);
+  check_norm_fields(check, p.shift, p.scale, p.normed, p.layout.batch, sparse_rows, p.x.cols);
   FLEXDIT_RUN(cpu::kernels().pool_tokens, cuda::pool_tokens);
 }
 
