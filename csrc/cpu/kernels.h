@@ -31,7 +31,12 @@
   KERNEL(unpatchify, Patches)                                       \
   KERNEL(timestep_embedding, TimestepEmbedding)                     \
   KERNEL(label_embedding, LabelEmbedding)                           \
-  KERNEL(label_embedding_backward, LabelEmbeddingBackward)
+  KERNEL(label_embedding_backward, LabelEmbeddingBackward)          \
+  KERNEL(normal_noise, NormalNoise)                                 \
+  KERNEL(denoise_step, DenoiseStep)                                 \
+  KERNEL(model_input, ModelInput)                                   \
+  KERNEL(guidance_combine, GuidanceCombine)                         \
+  KERNEL(take_rows, TakeRows)
 
 namespace flexdit::cpu {
 

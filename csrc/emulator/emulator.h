@@ -130,6 +130,10 @@ inline void __threadfence() {}
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float x, float y) { return x / y; }
+inline void sincospif(float x, float* sine, float* cosine) {
+  *sine = static_cast<float>(std::sin(3.14159265358979323846 * x));
+  *cosine = static_cast<float>(std::cos(3.14159265358979323846 * x));
+}
 template <class To, class From>
 To emulated_bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From));

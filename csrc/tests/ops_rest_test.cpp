@@ -213,6 +213,14 @@ TEST_CASE(other_arguments) {
       says(argument_error([&] { pool_tokens(pool, {}); }), "pool_tokens", "sparse_layout has 3 samples, must have 2"));
   pool.sparse_layout = two.view(), pool.position = m.view();
   CHECK(says(argument_error([&] { pool_tokens(pool, {}); }), "pool_tokens", "position has 2 rows"));
+  const int32_t offsets[] = {1, 5};
+  pool.position = {y.view(), offsets};
+  CHECK(argument_error([&] { pool_tokens(pool, {}); }).empty());
+  pool.position.rows = y.view().row_range(0, 8);
+  CHECK(says(argument_error([&] { pool_tokens(pool, {}); }), "pool_tokens",
+             "position has 8 rows, sample 1 has 4 tokens from row 5 on"));
+  pool.position = {}, pool.scale = m.view();
+  CHECK(says(argument_error([&] { pool_tokens(pool, {}); }), "pool_tokens", "shift is missing"));
 
   Attention a{.q = x.view(),
               .k = x.view(),
