@@ -39,7 +39,7 @@ py::dict build_info() {
   py::dict info;
   info["version"] = FLEXDIT_VERSION;
   info["compiler"] = std::string("gcc-compatible ") + __VERSION__;
-#ifdef FLEXDIT_CUDA
+#ifdef FLEXDIT_CUDA_ARCHITECTURES
   info["cuda"] = FLEXDIT_CUDA_ARCHITECTURES;
 #else
   info["cuda"] = py::none();
