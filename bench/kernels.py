@@ -21,8 +21,20 @@ from pathlib import Path
 import torch
 import torch._functorch.config
 from gpu_tables import COMPILED, OURS, kernel_markdown
-from gpu_timing import Budget, Device, NotRun, ceilings, clocks, environment, folder, measure, reason, relative_error
-from gpu_timing import result_name, time_limit
+from gpu_timing import (
+    Budget,
+    Device,
+    NotRun,
+    ceilings,
+    clocks,
+    environment,
+    folder,
+    measure,
+    reason,
+    relative_error,
+    result_name,
+    time_limit,
+)
 from harness import save, write
 from kernel_cases import LARGE, Case, all_cases, smoke_cases
 
