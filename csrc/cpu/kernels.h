@@ -36,7 +36,7 @@
   KERNEL(denoise_step, DenoiseStep)                                 \
   KERNEL(model_input, ModelInput)                                   \
   KERNEL(guidance_combine, GuidanceCombine)                         \
-  KERNEL(take_rows, TakeRows)
+  KERNEL(gather_rows, GatherRows)
 
 namespace flexdit::cpu {
 

@@ -1,4 +1,4 @@
-// Sampling: noise, one step of a sampler, the model's input, guidance, and one step's rows of a trajectory.
+// Sampling: noise, one step of a sampler, the model's input, guidance, and rows by their addresses.
 #include "cpu/kernels.h"
 #include "ops/philox.h"
 
@@ -155,13 +155,10 @@ void guidance_combine(const GuidanceCombine& p, int threads) {
   });
 }
 
-void take_rows(const TakeRows& p, int threads) {
-  const int64_t bytes = p.out.cols * size_of(p.out.dtype), first = *p.index * p.out.rows;
+void gather_rows(const GatherRows& p, int threads) {
+  const auto bytes = static_cast<size_t>(p.out.cols * size_of(p.out.dtype));
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t b = 0; b < p.out.rows; ++b)
-    std::memcpy(static_cast<char*>(p.out.data) + b * p.out.stride * size_of(p.out.dtype),
-                static_cast<const char*>(p.table.data) + (first + b) * p.table.stride * size_of(p.out.dtype),
-                static_cast<size_t>(bytes));
+  for (int64_t b = 0; b < p.out.rows; ++b) std::memcpy(p.out.row_range(b, 1).data, p.rows[b], bytes);
 }
 
 }  // namespace flexdit::cpu::FLEXDIT_ISA

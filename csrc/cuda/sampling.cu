@@ -1,4 +1,4 @@
-// Sampling: noise, one step of a sampler, the model's input, guidance, and one step's rows of a trajectory.
+// Sampling: noise, one step of a sampler, the model's input, guidance, and rows by their addresses.
 #include "cuda/device.h"
 #include "cuda/kernels.h"
 #include "ops/philox.h"
@@ -125,17 +125,16 @@ __global__ void __launch_bounds__(kElementThreads) guidance_kernel(Matrix images
   *cond = *uncond = from_float<T>(mix(to_float(*uncond), to_float(*cond), scale));
 }
 
-// Rows of a step that the table does not have are NaN.
 template <class T, int V>
-__global__ void __launch_bounds__(kElementThreads) take_rows_kernel(TakeRows p) {
+__global__ void __launch_bounds__(kElementThreads) gather_rows_kernel(GatherRows p) {
   const int64_t per_row = p.out.cols / V, b = element_of_thread() / per_row;
-  const int64_t column = element_of_thread() % per_row * V, r = *p.index * p.out.rows + b;
+  const int64_t column = element_of_thread() % per_row * V;
   if (b >= p.out.rows) return;
-  Vector<T, V> values;
+  const T* from = static_cast<const T*>(p.rows[b]);
+  T* out = row<T>(p.out, b) + column;
+  if (reinterpret_cast<uintptr_t>(from) % sizeof(Vector<T, V>) == 0) return store(out, load<V>(from + column));
 #pragma unroll
-  for (int i = 0; i < V; ++i) values.set(i, NAN);
-  if (*p.index >= 0 && r < p.table.rows) values = load<V>(row<T>(p.table, r) + column);
-  store(row<T>(p.out, b) + column, values);
+  for (int i = 0; i < V; ++i) out[i] = from[column + i];
 }
 
 }  // namespace
@@ -169,14 +168,14 @@ void guidance_combine(const GuidanceCombine& p, const Execution& exec) {
   });
 }
 
-void take_rows(const TakeRows& p, const Execution& exec) {
+void gather_rows(const GatherRows& p, const Execution& exec) {
   with_vector(
       p.out.dtype, p.out.cols,
       [&](auto tag, auto vector) {
-        launch({"take_rows", p.out.rows, p.out.cols}, take_rows_kernel<decltype(tag), vector()>,
+        launch({"gather_rows", p.out.rows, p.out.cols}, gather_rows_kernel<decltype(tag), vector()>,
                element_blocks(p.out.rows * (p.out.cols / vector())), kElementThreads, 0, exec, p);
       },
-      p.table, p.out);
+      p.out);
 }
 
 }  // namespace flexdit::cuda

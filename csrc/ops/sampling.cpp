@@ -111,19 +111,14 @@ void guidance_combine(const GuidanceCombine& p, const Execution& exec) {
   FLEXDIT_RUN(cpu::kernels().guidance_combine, cuda::guidance_combine);
 }
 
-void take_rows(const TakeRows& p, const Execution& exec) {
-  Checker check("take_rows", exec);
+void gather_rows(const GatherRows& p, const Execution& exec) {
+  Checker check("gather_rows", exec);
   check.matrix("out", p.out, p.out.rows, p.out.cols);
-  check.matrix("table", p.table, p.table.rows, p.out.cols);
   if (p.out.rows == 0) return;
-  check.holds(p.table.rows % p.out.rows == 0, "table has " + std::to_string(p.table.rows) +
-                                                  " rows, must be a multiple of the " + std::to_string(p.out.rows) +
-                                                  " of out");
-  check.nonzero("index", p.index);
-  const int64_t steps = p.table.rows / p.out.rows, index = check.on_cpu() ? *p.index : 0;
-  check.holds(!check.on_cpu() || (index >= 0 && index < steps),
-              "index is " + std::to_string(index) + ", must lie in [0, " + std::to_string(steps) + ")");
-  FLEXDIT_RUN(cpu::kernels().take_rows, cuda::take_rows);
+  check.nonzero("rows", p.rows);
+  for (int64_t b = 0; check.on_cpu() && b < p.out.rows; ++b)
+    check.nonzero(("rows[" + std::to_string(b) + "]").c_str(), p.rows[b]);
+  FLEXDIT_RUN(cpu::kernels().gather_rows, cuda::gather_rows);
 }
 
 }  // namespace flexdit

@@ -325,27 +325,23 @@ TEST_CASE(guided_pairs) {
   }
 }
 
-// The index lies on the device: what it is when the kernel runs counts.
-TEST_CASE(rows_of_a_step) {
-  constexpr int64_t kSteps = 3, kBatch = 5;
+// Rows of two tables, in any order and more than once; odd widths leave the second table's rows unaligned.
+TEST_CASE(rows_by_address) {
   Random random(9);
   for (const int64_t cols : {1, 7, 48, 6912})
     for (const Place& place : kPlaces)
       for (const bool strided : {false, true}) {
-        Tensor table(random_values(kSteps * kBatch, cols, random), place.dtype, strided);
-        for (int32_t step = 0; step < kSteps; ++step) {
-          Tensor out(kBatch, cols, place.dtype, strided);
-          take_rows({.table = table.view(), .index = &step, .out = out.view()}, place.exec);
-          CHECK(identical(out.values(), rows_of(table.values(), step * kBatch, kBatch)) && out.guards_intact());
-        }
+        Tensor a(random_values(3, cols, random), place.dtype, strided), b(random_values(4, cols, random), place.dtype);
+        const std::vector<std::pair<Tensor*, int64_t>> wanted = {{&b, 3}, {&a, 0}, {&a, 2}, {&a, 0}, {&b, 1}};
+        std::vector<const void*> rows;
+        for (const auto& [table, row] : wanted) rows.push_back(table->view().row_range(row, 1).data);
+        Tensor out(5, cols, place.dtype, strided);
+        gather_rows({.rows = rows.data(), .out = out.view()}, place.exec);
+        const Values got = out.values();
+        for (int64_t i = 0; i < 5; ++i)
+          CHECK(identical(rows_of(got, i, 1), rows_of(wanted[i].first->values(), wanted[i].second, 1)));
+        CHECK(out.guards_intact());
       }
-  Tensor table(random_values(6, 8, random), DType::float32), out(2, 8, DType::float32);
-  for (const int32_t step : {-1, 3}) {
-    take_rows({.table = table.view(), .index = &step, .out = out.view()}, kCuda);
-    for (const double v : out.values().v) CHECK(std::isnan(v));
-    CHECK_EQ(error_of([&] { take_rows({.table = table.view(), .index = &step, .out = out.view()}, {}); }),
-             "take_rows: index is " + std::to_string(step) + ", must lie in [0, 3)");
-  }
 }
 
 TEST_CASE(nothing_to_do) {
@@ -355,7 +351,7 @@ TEST_CASE(nothing_to_do) {
     denoise_step({.layout = none.view(), .model_layout = none.view(), .channels = 2, .out_channels = 2}, exec);
     model_input({.layout = none.view(), .model_layout = none.view(), .channels = 2}, exec);
     guidance_combine({.images = {nullptr, 0, 16, 16, DType::float32}, .channels = 4, .guided_channels = 3}, exec);
-    take_rows({.table = {nullptr, 0, 16, 16, DType::float32}, .out = {nullptr, 0, 16, 16, DType::float32}}, exec);
+    gather_rows({.out = {nullptr, 0, 16, 16, DType::float32}}, exec);
   }
 }
 
@@ -461,11 +457,7 @@ TEST_CASE(arguments) {
            "guidance_combine: channels is 5, must divide the 64 columns of images");
   CHECK_EQ(guidance({.images = data.view(), .channels = 4, .guided_channels = 5}),
            "guidance_combine: guided_channels is 5, must lie in [0, 4]");
-  const int32_t index = 0;
-  const auto take = [&](const TakeRows& p) { return error_of([&] { take_rows(p, {}); }); };
-  CHECK_EQ(take({.table = data.view().row_range(0, 7), .index = &index, .out = data.view().row_range(0, 2)}),
-           "take_rows: table has 7 rows, must be a multiple of the 2 of out");
-  CHECK_EQ(take({.table = data.view(), .out = data.view().row_range(0, 2)}), "take_rows: index is missing");
-  CHECK_EQ(take({.table = data.view().columns(0, 63), .index = &index, .out = data.view().row_range(0, 2)}),
-           "take_rows: table is [16, 63], must be [16, 64]");
+  CHECK_EQ(error_of([&] { gather_rows({.out = data.view()}, {}); }), "gather_rows: rows is missing");
+  const void* const missing[16] = {};
+  CHECK_EQ(error_of([&] { gather_rows({.rows = missing, .out = data.view()}, {}); }), "gather_rows: rows[0] is missing");
 }

@@ -314,14 +314,13 @@ struct GuidanceCombine {
 };
 void guidance_combine(const GuidanceCombine& p, const Execution& exec);
 
-// out[b] = table[*index * B + b]: the rows of one step out of a trajectory's, the step's number being on the device, so
-// that a captured graph serves every step.
-struct TakeRows {
-  Matrix table;  // [steps * B, C]
-  const int32_t* index = nullptr;
-  Matrix out;  // [B, C], written
+// out[b] = C values from rows[b]: rows of several tables, whose addresses lie on the device, so that a captured graph
+// serves every step.
+struct GatherRows {
+  const void* const* rows = nullptr;  // [B] on exec's device
+  Matrix out;                         // [B, C], written
 };
-void take_rows(const TakeRows& p, const Execution& exec);
+void gather_rows(const GatherRows& p, const Execution& exec);
 
 // table = the layout of sparse tokens that the schedule gives to timesteps t.
 struct SelectTokens {
