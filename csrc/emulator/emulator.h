@@ -21,6 +21,7 @@
 #include <functional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -53,6 +54,10 @@ struct Configuration {
 const char* launch_error(const Configuration& configuration);
 // Runs body once per thread.
 void run(const Configuration& configuration, const std::function<void()>& body);
+
+// Work on the stream: done at once, or, while the calling host thread records, kept in the list for later.
+void submit(std::function<void()> work);
+void record(std::vector<std::function<void()>>* list);  // null: no longer
 
 constexpr size_t kMaxLaneBytes = 128;
 constexpr uint32_t kFullMask = 0xffffffffu;
