@@ -304,9 +304,16 @@ void backward_mlp(const BlockBackward& p, const Roles& w, const Roles& grad, con
                            .grad_y = ws.grad_y,
                            .grad_gate = part(ws.grad_modulation, kGate2)},
                           exec);
-  apply_backward(w.fc2, {}, ws.act, ws.grad_y, ws.grad_h, ws.linear, exec);
-  gelu_backward({.x = k.h, .grad_y = ws.grad_h, .y = ws.act, .grad_x = ws.grad_h}, exec);
-  apply_backward(w.fc2, grad.fc2, ws.act, ws.grad_y, {}, ws.linear, exec);
+  gelu({.x = k.h, .y = ws.act}, exec);
+  linear_backward({.x = ws.act,
+                   .weight = w.fc2.weight,
+                   .grad_y = ws.grad_y,
+                   .grad_x = ws.grad_h,
+                   .grad_weight = grad.fc2.weight,
+                   .grad_bias = grad.fc2.bias,
+                   .gelu_input = k.h,
+                   .workspace = ws.linear},
+                  exec);
   normalize(k.x1, p.layout, k.modulation, kShift2, ws.n, exec);
   apply_backward(w.fc1, grad.fc1, ws.n, ws.grad_h, ws.grad_n, ws.linear, exec);
   backward_normalize(k.x1, p.layout, k, ws, kShift2, ws.grad_n, p.grad_out, p.grad_x, false, exec);
@@ -458,8 +465,13 @@ void block_forward(const BlockForward& p, const Execution& exec) {
                   .y_per_sample = p.shape.kind == BlockKind::pooling},
                  exec);
   if (keeps_context) {
-    apply(w.fc1, ws.n, k.h, exec);
-    gelu({.x = k.h, .y = ws.act}, exec);
+    linear({.x = ws.n,
+            .weight = w.fc1.weight,
+            .bias = w.fc1.bias,
+            .y = ws.act,
+            .activation = Activation::gelu_tanh,
+            .pre_activation = k.h},
+           exec);
     apply(w.fc2, ws.act, k.y2, exec);
   } else {
     apply(w.fc1, ws.n, k.h, exec, Activation::gelu_tanh);

@@ -45,12 +45,18 @@ void check_exchange(Checker& check, const TokenLayout& dense, const TokenLayout&
   }
 }
 
-// Linear layers are oneDNN's, but for float64, which it does not have.
+// Linear layers are oneDNN's, but for float64, which it does not have. What must be kept before GELU, or taken through
+// its derivative, is a pass of its own.
 void linear_on_cpu(const Linear& p, int threads) {
-  (p.x.dtype == DType::float64 ? cpu::kernels().linear_float64 : cpu::linear)(p, threads);
+  Linear product = p;
+  if (p.pre_activation) product.y = p.pre_activation, product.activation = Activation::none;
+  (p.x.dtype == DType::float64 ? cpu::kernels().linear_float64 : cpu::linear)(product, threads);
+  if (p.pre_activation) cpu::kernels().gelu({.x = p.pre_activation, .y = p.y}, threads);
 }
 void linear_backward_on_cpu(const LinearBackward& p, int threads) {
   (p.x.dtype == DType::float64 ? cpu::kernels().linear_float64_backward : cpu::linear_backward)(p, threads);
+  if (p.gelu_input)
+    cpu::kernels().gelu_backward({.x = p.gelu_input, .grad_y = p.grad_x, .y = {}, .grad_x = p.grad_x}, threads);
 }
 
 void select_tokens_on_cpu(const SelectTokens& p, int) {
@@ -70,9 +76,16 @@ int64_t row_statistics_workspace(DType dtype, int64_t rows) { return 2 * rows * 
 void linear(const Linear& p, const Execution& exec) {
   Checker check("linear", exec);
   check.matrix("x", p.x, p.x.rows, p.x.cols);
-  check.matrix("weight", p.weight, p.weight.rows, p.x.cols);
+  Matrix weight = p.weight;
+  if (p.packed) weight.data = p.x.data;  // its own is not read, and may be gone
+  check.matrix("weight", weight, p.weight.rows, p.x.cols);
   check.optional("bias", p.bias, 1, p.weight.rows);
   check.matrix("y", p.y, p.x.rows, p.weight.rows);
+  check.holds(p.weight.rows >= 1 && p.weight.cols >= 1,
+              "weight is " + shape_text(p.weight.rows, p.weight.cols) + ", must have at least one row and one column");
+  check.optional("pre_activation", p.pre_activation, p.x.rows, p.weight.rows);
+  check.holds(!p.pre_activation || p.activation != Activation::none,
+              "pre_activation needs an activation: without one it is y");
   FLEXDIT_RUN(linear_on_cpu, cuda::linear);
 }
 
@@ -91,6 +104,11 @@ void linear_backward(const LinearBackward& p, const Execution& exec) {
   check.optional("grad_x", p.grad_x, p.x.rows, p.x.cols);
   check.optional("grad_weight", p.grad_weight, p.weight.rows, p.x.cols);
   check.optional("grad_bias", p.grad_bias, 1, p.weight.rows);
+  check.holds(p.weight.rows >= 1 && p.weight.cols >= 1,
+              "weight is " + shape_text(p.weight.rows, p.weight.cols) + ", must have at least one row and one column");
+  check.optional("gelu_input", p.gelu_input, p.x.rows, p.x.cols);
+  check.holds(!p.gelu_input || p.grad_x, "gelu_input needs grad_x");
+  check.holds(!p.gelu_input || !p.accumulate_grad_x, "gelu_input does not go with accumulate_grad_x");
   if (p.grad_weight && linear_backward_workspace(p.x.dtype, 1, 1)) check.nonzero("workspace", p.workspace);
   FLEXDIT_RUN(linear_backward_on_cpu, cuda::linear_backward);
 }
@@ -276,7 +294,7 @@ void gelu_backward(const GeluBackward& p, const Execution& exec) {
   Checker check("gelu_backward", exec);
   check.matrix("x", p.x, p.x.rows, p.x.cols);
   check.matrix("grad_y", p.grad_y, p.x.rows, p.x.cols);
-  check.matrix("y", p.y, p.x.rows, p.x.cols);
+  check.optional("y", p.y, p.x.rows, p.x.cols);
   check.matrix("grad_x", p.grad_x, p.x.rows, p.x.cols);
   FLEXDIT_RUN(cpu::kernels().gelu_backward, cuda::gelu_backward);
 }

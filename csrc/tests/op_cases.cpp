@@ -74,6 +74,60 @@ OpCase linear_case(int64_t m, int64_t n, int64_t k, bool bias, Activation activa
   return c;
 }
 
+// GELU behind the product, with what comes before it kept.
+OpCase kept_case(int64_t m, int64_t n, int64_t k, bool bias) {
+  OpCase c = linear_case(m, n, k, bias, Activation::gelu_tanh, false);
+  c.variant += " kept";
+  c.outputs.push_back({"pre_activation", m, n, false, false, true});
+  c.naive = [=](const std::vector<Values>& in) {
+    const Values before = naive::linear(in[0], in[1], bias ? in[2] : Values());
+    return std::vector{naive::map(before, naive::gelu), before};
+  };
+  c.forward = [=](const Views& in, const Views& out, const Execution& exec) {
+    linear({.x = in[0],
+            .weight = in[1],
+            .bias = bias ? in[2] : Matrix{},
+            .y = out[0],
+            .activation = Activation::gelu_tanh,
+            .pre_activation = out[1]},
+           exec);
+  };
+  return c;
+}
+
+// A product of GELU(h), whose backward reaches h.
+OpCase gelu_input_case(int64_t m, int64_t n, int64_t k) {
+  OpCase c{.op = "linear",
+           .variant = std::to_string(m) + "x" + std::to_string(n) + "x" + std::to_string(k) + " of gelu",
+           .inputs = {{"gelu_input", m, k}, {"weight", n, k}, {"bias", 1, n}},
+           .outputs = {{"y", m, n}}};
+  c.in_place = true;
+  c.naive = [=](const std::vector<Values>& in) {
+    return std::vector{naive::linear(naive::map(in[0], naive::gelu), in[1], in[2])};
+  };
+  c.forward = [=](const Views& in, const Views& out, const Execution& exec) {
+    Tensor x(m, k, in[0].dtype);
+    gelu({.x = in[0], .y = x.view()}, exec);
+    linear({.x = x.view(), .weight = in[1], .bias = in[2], .y = out[0]}, exec);
+  };
+  c.backward = [=](const Views& in, const Views& grad_out, const Views& grad_in, const Execution& exec) {
+    Tensor x(m, k, in[0].dtype);
+    gelu({.x = in[0], .y = x.view()}, exec);
+    with_workspace(linear_backward_workspace(in[0].dtype, n, k), [&](void* workspace) {
+      linear_backward({.x = x.view(),
+                       .weight = in[1],
+                       .grad_y = grad_out[0],
+                       .grad_x = grad_in[0],
+                       .grad_weight = grad_in[1],
+                       .grad_bias = grad_in[2],
+                       .gelu_input = in[0],
+                       .workspace = workspace},
+                      exec);
+    });
+  };
+  return c;
+}
+
 using Function = void (*)(const Elementwise&, const Execution&);
 
 OpCase function_case(const char* op, int64_t m, int64_t n, double (*naive_function)(double), Function function) {
@@ -392,9 +446,20 @@ OpCase attention_case(const Batch& batch, int64_t c, int64_t num_heads) {
 
 std::vector<OpCase> linear_cases() {
   constexpr auto none = Activation::none, gelu = Activation::gelu_tanh;
-  return {linear_case(19, 24, 72, true, none, false), linear_case(1, 48, 7, true, none, false),
-          linear_case(5, 7, 48, false, none, true),   linear_case(33, 72, 48, true, gelu, false),
-          linear_case(3, 1, 5, true, none, false),    linear_case(4, 6, 1, true, none, true)};
+  return {linear_case(19, 24, 72, true, none, false),
+          linear_case(1, 48, 7, true, none, false),
+          linear_case(5, 7, 48, false, none, true),
+          linear_case(33, 72, 48, true, gelu, false),
+          linear_case(3, 1, 5, true, none, false),
+          linear_case(4, 6, 1, true, none, true),
+          kept_case(33, 72, 48, true),
+          kept_case(5, 16, 24, false),
+          kept_case(4, 7, 9, true),
+          kept_case(1, 6, 3, false),
+          gelu_input_case(33, 48, 72),
+          gelu_input_case(6, 9, 16),
+          gelu_input_case(5, 8, 7),
+          gelu_input_case(1, 3, 6)};
 }
 
 std::vector<OpCase> elementwise_cases() {

@@ -31,9 +31,9 @@ struct Linear {
   Matrix weight;  // [N, K]
   Matrix bias;    // [1, N] or empty
   Matrix y;       // [M, N], written
-  const PackedWeight* packed = nullptr;  // weight again as the CPU backend likes it best, or null
+  const PackedWeight* packed = nullptr;  // the weight packed, or null; with it weight's data is not read
   Activation activation = Activation::none;
-  Matrix pre_activation;  // [M, N], x weight^T + bias, written for a backward to come, or empty
+  Matrix pre_activation;  // [M, N], x weight^T + bias where y is its GELU, written for a backward to come, or empty
 };
 struct LinearBackward {
   Matrix x;            // [M, K]
@@ -43,7 +43,7 @@ struct LinearBackward {
   Matrix grad_weight;  // [N, K], written, or empty
   Matrix grad_bias;    // [1, N], written, or empty
   bool accumulate_grad_x = false;
-  Matrix gelu_input;          // [M, K]: x is GELU of it, and grad_x becomes its gradient; or empty
+  Matrix gelu_input;          // [M, K]: x is GELU of it, and grad_x, not accumulated, becomes its gradient; or empty
   void* workspace = nullptr;  // linear_backward_workspace() bytes
 };
 // Sums over the rows are kept in float32 [N, K] while grad_weight is stored in bfloat16 or float16.
@@ -202,7 +202,7 @@ struct Elementwise {
 struct GeluBackward {
   Matrix x;
   Matrix grad_y;
-  Matrix y;       // GELU(x) again, written
+  Matrix y;       // GELU(x) again, written, or empty
   Matrix grad_x;  // written; may be grad_y
 };
 struct SiluBackward {
