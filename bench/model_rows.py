@@ -72,8 +72,9 @@ def smoke_rows() -> list[Row]:
 
 def config_of(row: Row, dense: bool = False) -> FlexDiTConfig:
     if row.preset == "smoke":
+        blocks = {"num_pooling_blocks": 1, "num_sdtm": 1, "sdtm_blocks": (1, 0, 1, 0), "num_dense_blocks": 1}
         size = {"hidden_size": 32, "num_heads": 2, "num_classes": 10, "input_size": row.image // 8}
-        config = FlexDiTConfig(num_pooling_blocks=1, num_sdtm=1, num_dense_blocks=1, **size)
+        config = FlexDiTConfig(**blocks, **size)
     else:
         config = FlexDiTConfig.preset(row.preset, image_size=row.image)
     if dense:
@@ -107,12 +108,12 @@ class Models:
         return self._kept(row, name, lambda: self._make(row, name))
 
     def _kept(self, row: Row, name: str, make: Callable[[], object]):
-        size = (row.training, row.preset, row.image, row.dtype)
-        if any(key[0] != row.training for key in self._made):
+        key = (row.training, row.preset, row.image, row.dtype, name)
+        if any(other[0] != row.training for other in self._made):
             self._made.clear()
-        if (*size, name) not in self._made:
-            self._made[*size, name] = make()
-        return self._made[*size, name]
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def optimizer(self, row: Row, name: str) -> torch.optim.Optimizer:
         """Fused AdamW, one for all contenders that train this model: states are twice the weights' memory.
