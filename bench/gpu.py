@@ -112,7 +112,7 @@ def environment(site: Path, onednn: Path) -> dict[str, str]:
         return os.pathsep.join([*map(str, first), *filter(None, [os.environ.get(name)])])
 
     return os.environ | {
-        "PYTHONPATH": joined("PYTHONPATH", ROOT, ROOT / "bench", site),
+        "PYTHONPATH": joined("PYTHONPATH", ROOT, site),
         "LD_LIBRARY_PATH": joined("LD_LIBRARY_PATH", onednn / "lib"),
         "FLEXDIT_ONEDNN_ROOT": str(onednn),
         "PYTHONUNBUFFERED": "1",
@@ -124,7 +124,7 @@ def environment(site: Path, onednn: Path) -> dict[str, str]:
 # The plan
 
 
-def build_stage(arch: str) -> Stage:
+def build_stage(arch: str, limit_s: float) -> Stage:
     pybind = [sys.executable, "-m", "pybind11", "--cmakedir"]
     found = subprocess.run(pybind, capture_output=True, text=True)
     folder = ROOT / "build" / "gpu-cmake"
@@ -135,11 +135,11 @@ def build_stage(arch: str) -> Stage:
         configure.append(f"-Dpybind11_DIR={found.stdout.strip()}")
     configure += shlex.split(os.environ.get("FLEXDIT_CMAKE_ARGS", ""))
     build = ["cmake", "--build", str(folder), f"-j{os.cpu_count() or 1}"]
-    return Stage("build", "build", 150, [configure, build, [sys.executable, "-m", "flexdit_ext", "info"]])
+    return Stage("build", "build", limit_s, [configure, build, [sys.executable, "-m", "flexdit_ext", "info"]])
 
 
 def pytest_command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "pytest", "-p", "pytest_deadline", "-p", "no:cacheprovider", *arguments]
+    return [sys.executable, "-m", "pytest", "-p", "bench.pytest_deadline", "-p", "no:cacheprovider", *arguments]
 
 
 def sanitizer_stage(sanitizer: str, tool: str, index: int, limit_s: float) -> Stage:
@@ -159,22 +159,21 @@ def sanitizer_stage(sanitizer: str, tool: str, index: int, limit_s: float) -> St
     return Stage(f"sanitize-{tool}", "tests", limit_s, [command], environment, pytest=True)
 
 
-def plan(stages: list[str], arch: str, sanitizer: str, out: Path, total_s: float, extra: dict[str, str]) -> list[Stage]:
+def plan(arguments: argparse.Namespace, arch: str, sanitizer: str, out: Path) -> list[Stage]:
     """The stages in order; the benchmarks share what the others leave of the time."""
-    checks_s = 170.0
-    made = []
+    stages, checks_s, made = arguments.stages, arguments.checks_s, []
     if "build" in stages:
-        made.append(build_stage(arch))
+        made.append(build_stage(arch, arguments.build_s))
     if "tests" in stages:
         made.append(Stage("tests", "tests", checks_s, [pytest_command("-m", "gpu", "--durations=5")], pytest=True))
     if "sanitize" in stages:
         made += [sanitizer_stage(sanitizer, tool, i, checks_s) for i, tool in enumerate(TOOLS)]
-    left = total_s - sum({stage.group: stage.limit_s for stage in made}.values())
+    left = arguments.total_s - sum({stage.group: stage.limit_s for stage in made}.values())
     benches = [name for name in ("kernels", "model") if name in stages]
     for name in benches:
         share = 0.4 if name != benches[-1] else 1.0
         command = [sys.executable, str(ROOT / "bench" / f"{name}.py"), "--out", str(out)]
-        command += shlex.split(extra.get(name, ""))
+        command += shlex.split(getattr(arguments, name))
         made.append(Stage(name, name, share * left, [command], share=share))
         left -= share * left
     return made
@@ -320,6 +319,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", default=",".join(STAGES), help=f"some of {','.join(STAGES)}")
     parser.add_argument("--total-s", type=float, default=580)
+    parser.add_argument("--build-s", type=float, default=150, help="limit of the build")
+    parser.add_argument("--checks-s", type=float, default=170, help="limit of the tests and of each sanitizer")
     parser.add_argument("--kernels", default="", help="more arguments for bench/kernels.py, in one string")
     parser.add_argument("--model", default="", help="more arguments for bench/model.py, in one string")
     parser.add_argument("--dry-run", action="store_true", help="print what would be run")
@@ -333,10 +334,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     out = Path(OUT) if OUT else ROOT / "bench" / "results"
-    extra = {"kernels": arguments.kernels, "model": arguments.model}
     if arguments.dry_run:
-        stages = plan(arguments.stages, "90a", "compute-sanitizer", out, arguments.total_s, extra)
-        print(described(stages))
+        print(described(plan(arguments, "90a", "compute-sanitizer", out)))
         return 0
     begin = time.monotonic()
     site = Path(os.environ.get("FLEXDIT_SITE", "/tmp/site"))
@@ -345,7 +344,7 @@ def main(argv: list[str] | None = None) -> int:
     places = [os.environ.get("FLEXDIT_ONEDNN_ROOT", ""), str(site), sys.prefix, sys.base_prefix]
     onednn = find_onednn([*places, *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     sanitizer = find_sanitizer() if "sanitize" in arguments.stages else ""
-    stages = plan(arguments.stages, visible_architecture(), sanitizer, out, arguments.total_s, extra)
+    stages = plan(arguments, visible_architecture(), sanitizer, out)
     out.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(LOGS, ignore_errors=True)
     LOGS.mkdir(parents=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
+from pathlib import Path
 
 import torch
 from gpu_tables import COMPILED, OURS
@@ -149,10 +151,14 @@ def randomized(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def diffusers_dit(config: FlexDiTConfig) -> torch.nn.Module:
+    here, path = str(Path(__file__).parent), list(sys.path)
+    sys.path[:] = [place for place in path if place != here]  # it would take bench/kernels.py for the package kernels
     try:
         from diffusers import DiTTransformer2DModel
     except ImportError as error:
         raise NotRun(f"diffusers cannot be imported: {error}") from error
+    finally:
+        sys.path[:] = path
     return DiTTransformer2DModel(
         num_attention_heads=config.num_heads,
         attention_head_dim=config.hidden_size // config.num_heads,

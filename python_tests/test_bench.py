@@ -26,6 +26,11 @@ import model as model_bench  # noqa: E402
 import model_rows  # noqa: E402
 import pytest_deadline  # noqa: E402
 
+# Other libraries look for packages of these names.
+sys.path.remove(str(ROOT / "bench"))
+for name in ("gpu", "kernels", "model"):
+    del sys.modules[name]
+
 
 @pytest.fixture
 def pretended_gpu(monkeypatch):
@@ -429,12 +434,12 @@ def test_dry_run_prints_the_plan():
 
 
 def test_plan_fits_the_time():
-    stages = gpu.plan(list(gpu.STAGES), "90a", "cs", Path("/out"), 580, {})
+    stages = gpu.plan(gpu.parse([]), "90a", "cs", Path("/out"))
     limits = {stage.group: stage.limit_s for stage in stages}
     assert list(limits) == ["build", "tests", "kernels", "model"] and sum(limits.values()) == pytest.approx(580)
     (command,) = stages[-1].commands
     assert gpu.full(stages[-1], command)[-2:] == ["--budget-s", f"{stages[-1].limit_s - 25:.0f}"]
-    only = gpu.plan(["model"], "90a", "cs", Path("/out"), 580, {"model": "--rows 'a b'"})
+    only = gpu.plan(gpu.parse(["--stages", "model", "--model", "--rows 'a b'"]), "90a", "cs", Path("/out"))
     assert only[0].limit_s == 580 and "a b" in only[0].commands[0]
 
 
