@@ -9,7 +9,7 @@ FLEXDIT_CUDA ?= OFF
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt) CMakeLists.txt setup.py pyproject.toml \
            flexdit_ext/version.py
 
-.PHONY: demo test pytest ctest cuda sanitize bench lint clean
+.PHONY: demo test pytest ctest cuda sanitize bench gpu lint clean
 
 demo: $(VENV)/.built
 	$(BIN)/python examples/digits/run.py --out out
@@ -42,6 +42,10 @@ sanitize: $(VENV)/.installed
 
 bench: $(VENV)/.built
 	$(BIN)/python bench/cpu_model.py
+
+# On a GPU machine: build, test, sanitize and measure in ten minutes, no network needed. bench/GPU.md says how.
+gpu:
+	$(PYTHON) bench/gpu.py $(GPU)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -118,8 +118,8 @@ class Device:
 
 
 def rounds_for(seconds_per_round: float, most: int, limit_s: float, least: int = 5) -> int:
-    """As many rounds as fit into limit_s, from `least` to `most`."""
-    return max(least, min(most, int(limit_s / max(seconds_per_round, 1e-9))))
+    """As many rounds as fit into limit_s, at most `most`; at least `least`, unless fewer are wanted."""
+    return min(most, max(least, int(limit_s / max(seconds_per_round, 1e-9))))
 
 
 def measure(

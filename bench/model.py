@@ -49,7 +49,7 @@ class Session:
         self.models, self.slowest_compile = Models(self.device), 30.0
 
     def compiler(self, mode: str) -> dict:
-        return {"backend": "aot_eager"} if self.smoke else {"mode": mode}
+        return {"backend": "eager"} if self.smoke else {"mode": mode}
 
     def limit(self, name: str, targets_later: int) -> float:
         """Seconds that getting a contender ready may take."""
