@@ -1,0 +1,349 @@
+// Checkpoint: the folder that Python wrote (python_tests/test_cpp_checkpoint.py), and folders that are wrong.
+#include "flexdit/checkpoint.h"
+
+#include "check.h"
+#include "files.h"
+#include "io/cast.h"
+#include "message_of.h"
+#include "model/config_json.h"
+#include "support.h"
+
+using namespace flexdit;
+using namespace flexdit::test;
+
+namespace {
+
+const std::filesystem::path kData = FLEXDIT_TEST_DATA;
+constexpr DType kDTypes[] = {DType::float32, DType::bfloat16, DType::float16, DType::float64};
+
+bool has(const std::string& message, const std::string& part) { return message.find(part) != std::string::npos; }
+
+std::string load_error(const std::string& path) {
+  return message_of<CheckpointError>([&] { Checkpoint::load(path); });
+}
+
+ModelDescription parse(const std::string& json) {
+  const ExactBytes bytes(json);
+  return parse_config(bytes.text(), "config.json");
+}
+std::string config_error(const std::string& json) {
+  const auto message = message_of<CheckpointError>([&] { parse(json); });
+  if (!message.empty()) CHECK_NOTE(message.starts_with("config.json is not a FlexDiT configuration: "), message);
+  return message;
+}
+
+// The text with its one `old` replaced.
+std::string replaced(std::string text, const std::string& old, const std::string& by) {
+  const size_t at = text.find(old);
+  if (at == std::string::npos) throw std::runtime_error("no " + old);
+  return text.replace(at, old.size(), by);
+}
+
+// A copy of Python's folder whose files can be spoiled.
+struct Copy {
+  TemporaryFolder folder;
+  std::string path = folder.string(), weights = (folder / "model.safetensors").string(),
+              config = (folder / "config.json").string();
+
+  Copy() { std::filesystem::copy(kData / "tiny", path); }
+  void edit_config(const std::string& old, const std::string& by) const {
+    write_file(config, replaced(read_file(config), old, by));
+  }
+  // The header keeps its length, and so the data their alignment, unless `padding` is added.
+  void edit_header(const std::string& old, const std::string& by, const std::string& padding = "") const {
+    const std::string file = read_file(weights);
+    uint64_t length;
+    std::memcpy(&length, file.data(), 8);
+    const std::string header = replaced(file.substr(8, length), old, by) + padding;
+    write_file(weights, safetensors_bytes(header, file.substr(8 + length)));
+  }
+};
+
+}  // namespace
+
+TEST_CASE(what_python_wrote) {
+  const Checkpoint c = Checkpoint::load((kData / "tiny").string());
+  CHECK(c.config.input_height == 8 && c.config.input_width == 8 && c.config.patch_size == 2);
+  CHECK(c.config.in_channels == 1 && c.config.out_channels == 2 && c.config.hidden == 8 && c.config.num_heads == 2);
+  CHECK(c.config.mlp_hidden == 26 && c.config.label_rows == 4 && c.config.reinject_position);
+  CHECK(c.config.num_pooling_blocks == 1 && c.config.num_sdtm == 1 && c.config.num_dense_blocks == 1);
+  CHECK(c.config.generation_blocks == 1 && c.config.sparse_blocks == 1);
+  CHECK(c.config.recovery_blocks == 1 && c.config.dense_blocks == 1);
+  CHECK(c.schedule == DensitySchedule({{1, 3, 3}, {1, 2, 3}, {1, 2, 2}}, {0, 400, 700}, 1000));
+  CHECK(c.dtype == DType::float32 && c.num_classes == 3 && c.has_null_class);
+  const SafetensorsFile file((kData / "tiny/model.safetensors").string());
+  const auto specs = model_parameters(c.config);
+  CHECK_EQ(c.parameters.size(), specs.size());
+  CHECK_EQ(file.entries().size(), specs.size());
+  for (size_t i = 0; i < specs.size(); ++i) {
+    const Matrix& m = c.parameters[i];
+    CHECK(m.rows == specs[i].rows && m.cols == specs[i].cols && m.stride == m.cols && m.dtype == DType::float32);
+    const auto data = file.find(specs[i].name)->data;
+    CHECK(std::memcmp(m.data, data.data(), data.size()) == 0);
+    CHECK_EQ(reinterpret_cast<uintptr_t>(m.data) % 4, 0u);
+  }
+}
+
+// In float64, with the reference's timestep features: t w reaches 1000, and its rounding to float32 would show.
+TEST_CASE(the_model_computes_what_python_computes) {
+  const SafetensorsFile expected((kData / "tiny_forward.safetensors").string());
+  const auto data = [&](const char* name) { return expected.find(name)->data; };
+  const auto copy = [&](const char* name, auto& to) { std::memcpy(to.data(), data(name).data(), data(name).size()); };
+  std::vector<double> x(3 * 64), t(3), features(3 * 256), wanted(3 * 128), out(3 * 128, NAN);
+  std::vector<int64_t> labels(3);
+  copy("x", x), copy("t", t), copy("features", features), copy("y", labels), copy("out", wanted);
+  const Checkpoint c = Checkpoint::load((kData / "tiny").string(), DType::float64);
+  ModelForward p{.config = c.config, .parameters = c.parameters, .dtype = c.dtype, .batch = 3};
+  std::vector<Grid> grids;
+  for (const double time : t) grids.push_back(c.schedule.grid(time));
+  const HostLayout sparse(grids);
+  p.x = x.data(), p.labels = labels.data(), p.out = out.data();
+  p.timestep_features = {features.data(), 3, 256, 256, DType::float64};
+  p.sparse_layout = sparse.view();
+  std::vector<char> workspace(static_cast<size_t>(model_workspace_bytes(p, false)));
+  p.workspace = workspace.data();
+  model_forward(p, {});
+  for (size_t i = 0; i < out.size(); ++i) CHECK_NEAR(out[i], wanted[i], 1e-12);
+}
+
+TEST_CASE(conversion) {
+  const auto file = (kData / "tiny/model.safetensors").string();
+  const Checkpoint single = Checkpoint::load(file);
+  for (const DType dtype : kDTypes) {
+    Checkpoint other = Checkpoint::load((kData / "tiny").string(), dtype);
+    const Checkpoint copy = other;
+    other = single;  // the copy keeps its memory
+    CHECK(copy.dtype == dtype);
+    for (size_t i = 0; i < single.parameters.size(); ++i) {
+      const Matrix &a = single.parameters[i], &b = copy.parameters[i];
+      CHECK(b.dtype == dtype && b.rows == a.rows && b.cols == a.cols && b.stride == b.cols);
+      int64_t wrong = 0;
+      for (int64_t k = 0; k < a.rows * a.cols; ++k) {
+        const double value = read(static_cast<float*>(a.data) + k, DType::float32);
+        wrong += read(static_cast<char*>(b.data) + k * size_of(dtype), dtype) != value;  // they fit every dtype
+      }
+      CHECK_EQ(wrong, 0);
+    }
+  }
+}
+
+TEST_CASE(data_at_any_alignment) {
+  const Checkpoint expected = Checkpoint::load((kData / "tiny").string());
+  for (const char* padding : {" ", "  ", "   "}) {
+    const Copy copy;
+    copy.edit_header("{", "{", padding);
+    for (const auto dtype : {std::optional<DType>{}, std::optional(DType::float64)}) {
+      const Checkpoint c = Checkpoint::load(copy.path, dtype);
+      for (size_t i = 0; i < c.parameters.size(); ++i) {
+        const Matrix& m = c.parameters[i];
+        CHECK_EQ(reinterpret_cast<uintptr_t>(m.data) % static_cast<uintptr_t>(size_of(m.dtype)), 0u);
+        CHECK_EQ(read(m.data, m.dtype), read(expected.parameters[i].data, DType::float32));
+      }
+    }
+  }
+}
+
+TEST_CASE(where_the_configuration_comes_from) {
+  const Copy copy;
+  const auto reinjects = [](const std::string& path) { return Checkpoint::load(path).config.reinject_position; };
+  copy.edit_config("\"reinject_position\": true", "\"reinject_position\": false");
+  CHECK(!reinjects(copy.path));
+  CHECK(!reinjects(copy.weights));
+  const auto renamed = (copy.folder / "ema.safetensors").string();
+  std::filesystem::copy(copy.weights, renamed);
+  CHECK(reinjects(renamed));  // its own metadata
+  std::filesystem::remove(copy.config);
+  CHECK(reinjects(copy.path));
+  copy.edit_header("\"config\":\"{", "\"elsewhere\":\"{");
+  CHECK(has(load_error(copy.path), "has no configuration: neither config.json beside it nor one in its metadata"));
+  std::filesystem::create_directory(copy.config);
+  CHECK(has(load_error(copy.path), copy.config + " cannot be read: it is a directory"));
+}
+
+TEST_CASE(files_that_are_missing) {
+  const TemporaryFolder folder;
+  CHECK(has(load_error(folder.string()), (folder / "model.safetensors").string() + " does not exist"));
+  CHECK(has(load_error((folder / "nowhere").string()), "nowhere does not exist"));
+  CHECK(has(load_error((folder / std::string(5000, 'x')).string()), "cannot be read"));
+}
+
+TEST_CASE(tensors_that_do_not_fit) {
+  const auto error = [](const std::string& old, const std::string& by) {
+    const Copy copy;
+    copy.edit_header(old, by);
+    const auto message = load_error(copy.path);
+    CHECK_NOTE(message.starts_with(copy.weights + " with the configuration in " + copy.config), message);
+    return message;
+  };
+  const std::string bias = "\"patch_embed.bias\":{\"dtype\":\"F32\",\"shape\":[8]";
+  CHECK(has(error("\"patch_embed.bias\"", "\"patch_embed.bios\""),
+            "; 1 missing: patch_embed.bias; 1 unexpected: 'patch_embed.bios'"));
+  CHECK(has(error(bias, replaced(bias, "[8]", "[1,8]")), "1 misshaped: patch_embed.bias [1, 8], must be [8]"));
+  CHECK(has(error("[8,1,2,2]", "[8,2,1,2]"), "patch_embed.weight [8, 2, 1, 2], must be [8, 1, 2, 2]"));
+  CHECK(has(error("[8,1,2,2]", "[8,4]"), "patch_embed.weight [8, 4], must be [8, 1, 2, 2]"));
+  CHECK(has(error(bias, replaced(bias, "F32", "U32")), "patch_embed.bias (U32)"));
+  CHECK(has(error("[4,8]", "[8,4]"), "label_embed.weight [8, 4], must be [4, 8]"));
+}
+
+TEST_CASE(configurations_that_do_not_fit) {
+  const auto error = [](const std::string& old, const std::string& by) {
+    const Copy copy;
+    copy.edit_config(old, by);
+    return load_error(copy.path);
+  };
+  CHECK(has(error("\"hidden_size\": 8", "\"hidden_size\": 16"),
+            "patch_embed.weight [8, 1, 2, 2], must be [16, 1, 2, 2]"));
+  CHECK(has(error("\"num_classes\": 3", "\"num_classes\": 4"), "label_embed.weight [4, 8], must be [5, 8]"));
+  CHECK(has(error("\"class_dropout_prob\": 0.1", "\"class_dropout_prob\": 0"),
+            "label_embed.weight [4, 8], must be [3, 8]"));
+  CHECK(has(error("\"learn_sigma\": true", "\"learn_sigma\": false"),
+            "final_layer.linear.weight [8, 8], must be [4, 8]"));
+  CHECK(has(error("\"mlp_ratio\": 3.3", "\"mlp_ratio\": 3.4"), "mlp.fc1.weight [26, 8], must be [27, 8]"));
+  CHECK(has(error("\"mlp_ratio\": 3.3", "\"mlp_ratio\": 2e8"), "mlp.fc1.weight [26, 8], must be [1600000000, 8]"));
+  CHECK(has(error("\"num_dense_blocks\": 1", "\"num_dense_blocks\": 2"), "10 missing: dense_blocks.1."));
+  CHECK(has(error("\"num_dense_blocks\": 1", "\"num_dense_blocks\": 0"), "10 unexpected: 'dense_blocks.0."));
+  CHECK(has(error("\"num_dense_blocks\": 1", "\"num_dense_blocks\": 1000000"), "1000005 blocks, only "));
+  CHECK(has(error("\"num_sdtm\": 1", "\"num_sdtm\": 1000000"), "4000002 blocks, only "));
+  CHECK(has(error("\"input_size\": 8", "\"input_size\": 1048576"), "pos_embed [16, 8], must be [274877906944, 8]"));
+  CHECK(has(error("\"input_size\"", "\"input\""), "config.json is not a FlexDiT configuration: byte 12, 'input': "));
+}
+
+TEST_CASE(defaults_of_the_configuration) {
+  const ModelDescription d = parse("{}");  // FlexDiTConfig(), which is XL/2 for 256 pixels
+  const Config c = d.config, wanted;
+  CHECK(c.input_height == wanted.input_height && c.patch_size == wanted.patch_size && c.hidden == wanted.hidden);
+  CHECK(c.mlp_hidden == wanted.mlp_hidden && c.label_rows == wanted.label_rows && c.num_heads == wanted.num_heads);
+  CHECK(c.out_channels == wanted.out_channels && c.num_pooling_blocks == wanted.num_pooling_blocks);
+  CHECK(c.num_sdtm == wanted.num_sdtm && c.sparse_blocks == wanted.sparse_blocks && !c.reinject_position);
+  CHECK(d.schedule == DensitySchedule({{1, 10, 10}, {1, 8, 8}, {1, 7, 7}, {1, 6, 6}}));
+  CHECK(d.num_classes == 1000 && d.has_null_class);
+  CHECK(parse(R"({"schedule": null})").schedule == d.schedule);
+  CHECK(!parse(R"({"class_dropout_prob": 0.0})").has_null_class);
+  CHECK_EQ(parse(R"({"class_dropout_prob": 0})").config.label_rows, 1000);
+  CHECK_EQ(parse(R"({"learn_sigma": false, "in_channels": 3})").config.out_channels, 3);
+  CHECK_EQ(parse(R"({"mlp_ratio": 4, "hidden_size": 12, "num_heads": 1})").config.mlp_hidden, 48);
+  CHECK(parse(R"({"schedule": {"grids": [[1, 5, 6], [3, 2]]}})").schedule == DensitySchedule({{1, 5, 6}, {1, 3, 2}}));
+  CHECK(parse(R"({"schedule": {"grids": [[5, 6]], "begins": null, "num_timesteps": 50}})").schedule ==
+        DensitySchedule({{1, 5, 6}}, 50));
+}
+
+TEST_CASE(configurations_that_are_none) {
+  const std::pair<const char*, const char*> cases[] = {
+      {"", "the text ends"},
+      {"{", "a key"},
+      {"[]", "is an array, must be an object"},
+      {"null", "is null, must be an object"},
+      {"{} {}", "nothing may follow"},
+      {R"({"no_such_key": 1})", "'no_such_key': FlexDiTConfig has no such field"},
+      {R"({"hidden_size": "8"})", "'hidden_size': is a string, must be a number"},
+      {R"({"hidden_size": null})", "'hidden_size': is null"},
+      {R"({"hidden_size": 8.0})", "'hidden_size': is '8.0', must be an integer"},
+      {R"({"hidden_size": true})", "'hidden_size': is true or false"},
+      {R"({"hidden_size": 0})", "'hidden_size': is '0', must be from 1 to 1048576"},
+      {R"({"hidden_size": 8, "hidden_size": 8})", "comes twice"},
+      {R"({"hidden_size": 1152, "num_heads": 7})", "hidden_size is 1152, must be a multiple of num_heads 7"},
+      {R"({"hidden_size": 6, "num_heads": 2})", "hidden_size is 6, must be a multiple of 4"},
+      {R"({"input_size": 31})", "input_size is 31, must be a multiple of patch_size 2"},
+      {R"({"num_classes": 1000000000000000000000000000000})", "'num_classes': is '10"},
+      {R"({"num_dense_blocks": -1})", "'num_dense_blocks': is '-1', must be from 0"},
+      {R"({"num_pooling_blocks": 0, "num_sdtm": 0, "num_dense_blocks": 0})", "no blocks"},
+      {R"({"mlp_ratio": 0})", "mlp_ratio"},
+      {R"({"mlp_ratio": -1})", "mlp_ratio"},
+      {R"({"mlp_ratio": 1e300})", "mlp_ratio"},
+      {R"({"mlp_ratio": 1e400})", "no 64-bit float"},
+      {R"({"mlp_ratio": NaN})", "no JSON value begins with 'N'"},
+      {R"({"mlp_ratio": Infinity})", "no JSON value begins with 'I'"},
+      {R"({"class_dropout_prob": 1})", "class_dropout_prob"},
+      {R"({"class_dropout_prob": -0.1})", "class_dropout_prob"},
+      {R"({"learn_sigma": 1})", "'learn_sigma': is a number, must be true or false"},
+      {R"({"sdtm_blocks": 3})", "'sdtm_blocks': is a number, must be an array"},
+      {R"({"sdtm_blocks": [1, 1, 1]})", "sdtm_blocks has 3 numbers, must have 4"},
+      {R"({"sdtm_blocks": [0, 1, 1, 1]})", "generation"},
+      {R"({"sdtm_blocks": [1, 1, 0, 1]})", "recovery"},
+      {R"({"sdtm_blocks": [1, -1, 1, 1]})", "'sdtm_blocks'[1]: is '-1'"},
+      {R"({"schedule": 5})", "'schedule': is a number, must be an object"},
+      {R"({"schedule": {}})", "'schedule': has no grids"},
+      {R"({"schedule": {"grids": []}})", "'schedule': has no grids"},
+      {R"({"schedule": {"grids": 5}})", "'schedule'.'grids': is a number, must be an array"},
+      {R"({"schedule": {"grids": [[5]]}})", "'schedule'.'grids'[0]: must be a grid"},
+      {R"({"schedule": {"grids": [[1, 1, 1, 1]]}})", "'schedule'.'grids'[0]: must be a grid"},
+      {R"({"schedule": {"grids": [[0, 5]]}})", "'schedule'.'grids'[0][0]: is '0', must be from 1 to 32767"},
+      {R"({"schedule": {"grids": [[17, 5]]}})", "schedule has the sparse grid (1, 17, 5), at most the dense grid"},
+      {R"({"schedule": {"grids": [[2, 5, 5]]}})", "schedule has the sparse grid (2, 5, 5)"},
+      {R"({"schedule": {"grids": [[5, 5]], "begins": [1]}})", "begins starts with 1"},
+      {R"({"schedule": {"grids": [[5, 5]], "begins": []}})", "begins holds 0"},
+      {R"({"schedule": {"grids": [[5, 5]], "begins": "ab"}})", "'schedule'.'begins': is a string"},
+      {R"({"schedule": {"grids": [[5, 5]], "num_timesteps": 0}})", "'num_timesteps': is '0'"},
+      {R"({"schedule": {"grids": [[5, 5]], "steps": 0}})", "'schedule'.'steps': no such key"},
+      {R"({"input_size": 1048576})", "dense_grid"},  // whose schedule would be of 2^38 tokens
+  };
+  for (const auto& [text, part] : cases) CHECK_NOTE(has(config_error(text), part), text, ": ", config_error(text));
+  CHECK(has(config_error(std::string(1000000, '[')), "must be an object"));
+}
+
+TEST_CASE(casts_of_16_bits) {
+  std::vector<uint16_t> all(0x10000);
+  for (size_t bits = 0; bits < all.size(); ++bits) all[bits] = static_cast<uint16_t>(bits);
+  for (const DType dtype : {DType::float16, DType::bfloat16}) {
+    std::vector<float> singles(all.size());
+    std::vector<double> doubles(all.size());
+    std::vector<uint16_t> back(all.size()), around(all.size());
+    const auto count = static_cast<int64_t>(all.size());
+    io::cast(all.data(), dtype, singles.data(), DType::float32, count);
+    io::cast(all.data(), dtype, doubles.data(), DType::float64, count);
+    io::cast(singles.data(), DType::float32, back.data(), dtype, count);
+    io::cast(doubles.data(), DType::float64, around.data(), dtype, count);
+    for (size_t i = 0; i < all.size(); ++i) {
+      const double wanted = read(&all[i], dtype);
+      CHECK_NOTE(std::signbit(singles[i]) == i >> 15 && std::signbit(doubles[i]) == i >> 15, i);
+      if (std::isnan(wanted)) {
+        CHECK_NOTE(std::isnan(singles[i]) && std::isnan(doubles[i]), i);
+        CHECK_NOTE(std::isnan(read(&back[i], dtype)) && std::isnan(read(&around[i], dtype)), i);
+      } else {
+        CHECK_NOTE(singles[i] == wanted && doubles[i] == wanted && back[i] == i && around[i] == i, i);
+      }
+    }
+  }
+}
+
+TEST_CASE(casts_round_to_nearest_even) {
+  std::vector<float> x = {65519.f, 65520.f, 65536.f, 1e30f, INFINITY, 3.4e38f, 0.f, 1e-30f, 1.4e-45f};
+  for (uint32_t half = 0; half < 0x7c00; ++half) {  // what lies between two float16, the ties above all
+    const double a = float16_value(static_cast<uint16_t>(half));
+    const double step = std::ldexp(1, std::max(half >> 10, 1u) - 25);
+    for (const double part : {0.25, 0.5, 0.75}) {
+      x.push_back(static_cast<float>(a + part * step));
+      x.push_back(std::nextafter(x.back(), 0.f));
+    }
+  }
+  Random random(1);
+  for (int i = 0; i < 20000; ++i) {
+    const auto bits = static_cast<uint32_t>(random.next());
+    float value;
+    std::memcpy(&value, &bits, 4);
+    if (!std::isnan(value)) x.push_back(value);
+  }
+  for (size_t i = 0, count = x.size(); i < count; ++i) x.push_back(-x[i]);
+  for (const DType dtype : {DType::float16, DType::bfloat16}) {
+    std::vector<uint16_t> got(x.size()), wanted(x.size());
+    io::cast(x.data(), DType::float32, got.data(), dtype, static_cast<int64_t>(x.size()));
+    for (size_t i = 0; i < x.size(); ++i) {
+      write(&wanted[i], dtype, x[i]);
+      CHECK_NOTE(got[i] == wanted[i], x[i], " to ", name_of(dtype), ": ", got[i], ", must be ", wanted[i]);
+    }
+  }
+}
+
+TEST_CASE(casts_read_from_any_address) {
+  const std::vector<float> values = {1, -2, 3.5f, 0.25f};
+  std::vector<char> bytes(4 * 4 + 1);
+  std::memcpy(bytes.data() + 1, values.data(), 16);
+  for (const DType dtype : kDTypes) {
+    std::vector<double> out(4);
+    io::cast(bytes.data() + 1, DType::float32, out.data(), dtype, 4);
+    for (size_t i = 0; i < 4; ++i)
+      CHECK_EQ(read(reinterpret_cast<char*>(out.data()) + static_cast<int64_t>(i) * size_of(dtype), dtype),
+               static_cast<double>(values[i]));
+  }
+  io::cast(nullptr, DType::float32, nullptr, DType::float64, 0);
+}
