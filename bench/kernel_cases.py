@@ -73,8 +73,7 @@ class Case:
 
 
 def layouts(device: str, batch: int, *grids: tuple[int, ...]) -> list[TokenLayout]:
-    on = {} if device == "cpu" else {"device": device}
-    return [TokenLayout.uniform(batch, grid, **on) for grid in grids]
+    return [TokenLayout.uniform(batch, grid, device) for grid in grids]
 
 
 def _by_sample(x: Tensor, batch: int) -> Tensor:
@@ -257,7 +256,7 @@ def select_case(batch: int) -> Case:
 
     def looped(t):
         grids = reference.select_tokens(t, schedule.begins, schedule.grids)
-        return TokenLayout(grids).table.to(t.device)
+        return TokenLayout(grids, t.device).table
 
     @cache
     def tables(device):
