@@ -2,41 +2,50 @@
 VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+CMAKE = $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DFLEXDIT_PYTHON=OFF \
+        -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+# Tests and demo run on the CPU; `make FLEXDIT_CUDA=AUTO ...` compiles the CUDA kernels for the Python module, too.
+FLEXDIT_CUDA ?= OFF
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt) CMakeLists.txt setup.py pyproject.toml \
            flexdit_ext/version.py
 
-.PHONY: demo test pytest ctest cuda sanitize bench lint clean
+.PHONY: demo test pytest ctest cuda sanitize bench gpu lint clean
 
 demo: $(VENV)/.built
 	$(BIN)/python examples/digits/run.py --out out
 
 test: pytest ctest
 
-pytest: $(VENV)/.built
-	$(BIN)/pytest
+pytest: $(VENV)/.built build/ctest/build.ninja
+	$(BIN)/cmake --build build/ctest --target _C_emulated
+	FLEXDIT_EMULATED=build/ctest $(BIN)/pytest
 
-# The C++ tests need no Python; cmake and ninja are the environment's.
-ctest: $(VENV)/.installed
-	$(BIN)/cmake -S . -B build/ctest -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DFLEXDIT_PYTHON=OFF \
-	  -DFLEXDIT_TESTS=ON -DFLEXDIT_CUDA=OFF -DPython_EXECUTABLE=$(abspath $(BIN)/python) >/dev/null
+ctest: build/ctest/build.ninja
 	$(BIN)/cmake --build build/ctest
 	$(BIN)/ctest --test-dir build/ctest --output-on-failure
 
+# The C++ tests, and for python_tests the CUDA kernels on the emulator as a Python module.
+build/ctest/build.ninja: $(VENV)/.installed CMakeLists.txt
+	$(CMAKE) -B build/ctest -DFLEXDIT_TESTS=ON -DFLEXDIT_CUDA=OFF -DFLEXDIT_PYTHON_EMULATED=ON \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) >/dev/null
+
 # Compiles the CUDA kernels with nvcc for sm_80 and sm_90a. No GPU is needed, and nothing is run.
 cuda: $(VENV)/.installed
-	$(BIN)/cmake -S . -B build/cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DFLEXDIT_PYTHON=OFF \
-	  -DFLEXDIT_CUDA=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) >/dev/null
+	$(CMAKE) -B build/cuda -DFLEXDIT_CUDA=ON >/dev/null
 	$(BIN)/cmake --build build/cuda
 
 # The C++ tests under the address and undefined-behaviour sanitizers.
 sanitize: $(VENV)/.installed
-	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DFLEXDIT_PYTHON=OFF \
-	  -DFLEXDIT_TESTS=ON -DFLEXDIT_CUDA=OFF -DFLEXDIT_SANITIZE=address,undefined -DPython_EXECUTABLE=$(abspath $(BIN)/python) >/dev/null
+	$(CMAKE) -B build/sanitize -DFLEXDIT_TESTS=ON -DFLEXDIT_CUDA=OFF -DFLEXDIT_SANITIZE=address,undefined >/dev/null
 	$(BIN)/cmake --build build/sanitize
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
 
 bench: $(VENV)/.built
 	$(BIN)/python bench/cpu_model.py
+
+# On a GPU machine: build, test, sanitize and measure in ten minutes, no network needed. bench/GPU.md says how.
+gpu:
+	$(PYTHON) bench/gpu.py $(GPU)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -48,7 +57,8 @@ $(VENV)/.installed: requirements/test.txt
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	PATH="$(abspath $(BIN)):$$PATH" FLEXDIT_CMAKE_ARGS="-DFLEXDIT_CUDA=$(FLEXDIT_CUDA) $$FLEXDIT_CMAKE_ARGS" \
+	  $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
 clean:

@@ -29,7 +29,6 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
-            "-DFLEXDIT_CUDA=OFF",  # the Python module computes on the CPU only so far
             *os.environ.get("FLEXDIT_CMAKE_ARGS", "").split(),
         ]
         environment = os.environ | {"FLEXDIT_ONEDNN_ROOT": str(requirements_root())}

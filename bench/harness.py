@@ -44,13 +44,22 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def commit() -> str:
+    """FLEXDIT_COMMIT, for copies of the tree that have no history, else git's word."""
+    if named := os.environ.get("FLEXDIT_COMMIT"):
+        return named
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:  # no git there
+        return "unknown"
+    return result.stdout.strip() or "unknown"
+
+
 def machine() -> dict:
     """What a result depends on besides the code."""
     from flexdit_ext import _C, __version__
 
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
     build = _C.build_info()
     return {
         "date": datetime.date.today().isoformat(),
@@ -59,7 +68,7 @@ def machine() -> dict:
         "torch": torch.__version__,
         "onednn": build["onednn"],
         "flexdit_ext": __version__,
-        "commit": commit or "unknown",
+        "commit": commit(),
         "load_average": os.getloadavg()[0],
     }
 
@@ -70,13 +79,18 @@ def table(headers: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
 
 
-def write(name: str, result: dict, markdown: str) -> None:
-    """bench/results/NAME.json and .md, whole or not at all."""
-    RESULTS.mkdir(exist_ok=True)
+def save(name: str, result: dict, markdown: str, folder: Path = RESULTS) -> None:
+    """FOLDER/NAME.json and .md, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
     for suffix, text in ((".json", json.dumps(result, indent=1) + "\n"), (".md", markdown)):
-        path = RESULTS / (name + suffix)
-        temporary = path.with_suffix(suffix + ".tmp")
+        path = folder / (name + suffix)  # a name may hold dots, so no with_suffix
+        temporary = folder / (name + suffix + ".tmp")
         temporary.write_text(text)
         temporary.replace(path)
+
+
+def write(name: str, result: dict, markdown: str, folder: Path = RESULTS) -> None:
+    """save(), and the tables on the screen."""
+    save(name, result, markdown, folder)
     print(markdown)
-    print(f"written to {RESULTS / name}.json and .md")
+    print(f"written to {folder / name}.json and .md")

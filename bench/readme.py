@@ -13,6 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import gpu_tables
 from harness import RESULTS, table
 
 README = RESULTS.parents[1] / "README.md"
@@ -57,7 +58,7 @@ def demo_section() -> str:
 
 
 def gpu_section() -> str:
-    return MISSING
+    return gpu_tables.readme_section(RESULTS) or MISSING
 
 
 SECTIONS = {"cpu_model": cpu_section, "digits": demo_section, "gpu": gpu_section}

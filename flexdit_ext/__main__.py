@@ -21,7 +21,7 @@ def information() -> list[tuple[str, str]]:
         ("torch", torch.__version__),
         ("compiled by", build["compiler"]),
         ("CPU backend", f"built, instruction set {build['instruction_set']}, oneDNN {build['onednn']}"),
-        ("CUDA backend", "built, for C++ only so far" if build["cuda"] else "not built"),
+        ("CUDA backend", f"built for {build['cuda']}" if build["cuda"] else "not built"),
         ("GPU", gpu),
         ("threads", f"{torch.get_num_threads()} (torch), {build['openmp_threads']} (OpenMP)"),
         ("machine", f"{platform.machine()}, torch sees {torch.backends.cpu.get_cpu_capability()}"),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _C
-from ._core import empty_rows, require_cpu, threads, workspace
+from ._core import empty_rows, execution, require_device, workspace
 
 custom_op = torch.library.custom_op
 
@@ -57,7 +57,16 @@ def block(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """Returns the block's tokens and the context for backward (empty unless `save`)."""
-    require_cpu("block", parameters, x=x, other=other, condition=condition, position=position)
+    require_device(
+        "block",
+        parameters,
+        x=x,
+        other=other,
+        condition=condition,
+        position=position,
+        layout=table,
+        other_layout=other_table,
+    )
     x, condition = x.contiguous(), condition.contiguous()
     other = None if other is None else other.contiguous()
     _, inference, training, _ = _bytes(kind, parameters, num_heads, x, other, condition)
@@ -75,8 +84,8 @@ def block(
         other_table,
         out,
         context if save else None,
-        workspace(training if save else inference),
-        threads(),
+        workspace(training if save else inference, x),
+        execution(x),
     )
     return out, context
 
@@ -152,8 +161,8 @@ def block_backward(
         grad_other,
         grad_condition,
         gradients,
-        workspace(_bytes(kind, parameters, num_heads, x, other, condition)[3]),
-        threads(),
+        workspace(_bytes(kind, parameters, num_heads, x, other, condition)[3], x),
+        execution(x),
     )
     return [g for g in (grad_x, grad_condition, grad_other, *gradients) if g is not None]
 
@@ -217,14 +226,15 @@ def _labels(y: Tensor, dropped: Tensor | None, num_labels: int) -> Tensor:
 @custom_op("flexdit_ext::condition", mutates_args=())
 def condition(t: Tensor, y: Tensor, dropped: Tensor | None, parameters: Sequence[Tensor], num_timesteps: int) -> Tensor:
     """t_emb + y_emb [B, C], the null class's y_emb where `dropped`. Raises ValueError for values of t and y out of
-    range, dropped or not."""
-    require_cpu("condition", parameters, t=t, y=y)
-    _check_values(t, y, num_timesteps, parameters[4].shape[0])
+    range, dropped or not; on a GPU a label out of range gives NaN instead."""
+    require_device("condition", parameters, t=t, y=y)
+    if not t.is_cuda:  # there the host does not wait for values
+        _check_values(t, y, num_timesteps, parameters[4].shape[0])
     features = timestep_features(t, parameters[0].dtype)
     out = empty_rows(features, t.shape[0], parameters[0].shape[0])
-    scratch = workspace(_C.condition_workspace(features, out.shape[1]))
+    scratch = workspace(_C.condition_workspace(features, out.shape[1]), features)
     labels = _labels(y, dropped, parameters[4].shape[0])
-    _C.condition_forward(_weights(parameters), features, labels, out, scratch, threads())
+    _C.condition_forward(_weights(parameters), features, labels, out, scratch, execution(features))
     return out
 
 
@@ -244,9 +254,11 @@ def condition_backward(
 ) -> list[Tensor]:
     features = timestep_features(t, parameters[0].dtype)
     gradients = _gradients(parameters, needed)
-    scratch = workspace(_C.condition_workspace(features, grad_out.shape[1]))
+    scratch = workspace(_C.condition_workspace(features, grad_out.shape[1]), features)
     labels = _labels(y, dropped, parameters[4].shape[0])
-    _C.condition_backward(_weights(parameters), features, labels, grad_out.contiguous(), gradients, scratch, threads())
+    _C.condition_backward(
+        _weights(parameters), features, labels, grad_out.contiguous(), gradients, scratch, execution(features)
+    )
     return [g for g in gradients if g is not None]
 
 
@@ -283,14 +295,14 @@ def _num_patches(image: Tensor, patch: int) -> int:
 @custom_op("flexdit_ext::patch_embed", mutates_args=())
 def patch_embed(x: Tensor, weight: Tensor, bias: Tensor, position: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     """Images [B, in, H, W] to tokens [R, C] with position, and the patches [R, in * p * p] for backward."""
-    require_cpu("patch_embed", [weight, bias], x=x, position=position)
+    require_device("patch_embed", [weight, bias], x=x, position=position, layout=table)
     patch = weight.shape[2]
     count = _num_patches(x, patch)
     patches, out = empty_rows(x, count, weight[0].numel()), empty_rows(x, count, weight.shape[0])
     parameters = _weights([weight, bias])
     x = x.contiguous()
     _C.patch_embed_forward(
-        parameters, x, patches, _patches(x, patch, False), position.contiguous(), table, out, threads()
+        parameters, x, patches, _patches(x, patch, False), position.contiguous(), table, out, execution(x)
     )
     return out, patches
 
@@ -307,10 +319,18 @@ def patch_embed_backward(
 ) -> list[Tensor]:
     """Gradients of x (shaped as `like`), weight and bias, those that are `needed`."""
     grad_x, *gradients = _gradients([like, weight, bias], needed)
-    scratch = workspace(_C.patch_embed_workspace(patches, weight.shape[0]))
+    scratch = workspace(_C.patch_embed_workspace(patches, weight.shape[0]), patches)
     image = _patches(like, weight.shape[2], False)
     _C.patch_embed_backward(
-        _weights([weight, bias]), patches, image, table, grad_out.contiguous(), grad_x, gradients, scratch, threads()
+        _weights([weight, bias]),
+        patches,
+        image,
+        table,
+        grad_out.contiguous(),
+        grad_x,
+        gradients,
+        scratch,
+        execution(grad_out),
     )
     return [g for g in (grad_x, *gradients) if g is not None]
 
@@ -343,13 +363,13 @@ def final_layer(
     parameters: Sequence[Tensor], x: Tensor, condition: Tensor, table: Tensor, channels: int, side: int, patch: int
 ) -> Tensor:
     """Tokens [R, C] to images [B, channels, side, side]."""
-    require_cpu("final_layer", parameters, x=x, condition=condition)
+    require_device("final_layer", parameters, x=x, condition=condition, layout=table)
     x, condition = x.contiguous(), condition.contiguous()
     out = empty_rows(x, condition.shape[0], channels, side, side)
     patches = empty_rows(x, x.shape[0], parameters[2].shape[0])
-    scratch = workspace(_C.final_layer_workspace(x, condition.shape[0], patches.shape[1]))
+    scratch = workspace(_C.final_layer_workspace(x, condition.shape[0], patches.shape[1]), x)
     _C.final_layer_forward(
-        _weights(parameters), x, condition, table, patches, _patches(out, patch, True), out, scratch, threads()
+        _weights(parameters), x, condition, table, patches, _patches(out, patch, True), out, scratch, execution(x)
     )
     return out
 
@@ -374,7 +394,7 @@ def final_layer_backward(
     grad_x, grad_condition = empty_rows(x, *x.shape), empty_rows(x, *condition.shape)
     gradients = _gradients(parameters, needed)
     patches = empty_rows(x, x.shape[0], parameters[2].shape[0])
-    scratch = workspace(_C.final_layer_workspace(x, condition.shape[0], patches.shape[1]))
+    scratch = workspace(_C.final_layer_workspace(x, condition.shape[0], patches.shape[1]), x)
     _C.final_layer_backward(
         _weights(parameters),
         x,
@@ -387,7 +407,7 @@ def final_layer_backward(
         grad_condition,
         gradients,
         scratch,
-        threads(),
+        execution(x),
     )
     return [g for g in (grad_x, grad_condition, *gradients) if g is not None]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -10,20 +11,29 @@ from torch import Tensor
 from ._arguments import Grid, check_grid, check_grids, check_tensor
 
 
+@lru_cache(maxsize=256)
+def _uniform_table(batch: int, sides: tuple[int, int, int], device: torch.device) -> Tensor:
+    """Kept, because making one on a GPU copies from the host, which waits and cannot be captured into a graph."""
+    tokens = sides[0] * sides[1] * sides[2]
+    rows = [[sample * tokens, *sides] for sample in range(batch)]
+    return torch.tensor([*rows, [batch * tokens, 0, 0, 0]], dtype=torch.int32, device=device)
+
+
 class TokenLayout:
     """Packed rows [total, C] of a batch of token grids, sample after sample.
 
     Args:
         grids: per sample (h, w) or (f, h, w); frame by frame, each frame row by row.
+        device: of the table; where the tokens are.
 
     Attributes:
         table: int32 [B + 1, 4]; columns are the sample's first row and its frames, height, width. The last line
             holds the number of rows in all.
-        rows: rows that a buffer of these tokens has; more than the table's total only where torch.compile needs a
-            fixed size. Rows behind the total are zero.
+        rows: rows that a buffer of these tokens has; more than the table's total only where torch.compile or a GPU
+            whose table the host has not seen needs a fixed size. Rows behind the total are zero.
     """
 
-    def __init__(self, grids: Sequence[Grid]):
+    def __init__(self, grids: Sequence[Grid], device: torch.device | str = "cpu"):
         table, rows = [], 0
         for grid in check_grids("grids", grids):
             frames, height, width = (1, *grid)[-3:]
@@ -31,15 +41,15 @@ class TokenLayout:
             rows += frames * height * width
         if rows >= 2**31:
             raise ValueError(f"grids hold {rows} tokens in all, at most 2^31 - 1 are allowed")
-        self.table = torch.tensor([*table, [rows, 0, 0, 0]], dtype=torch.int32, device="cpu")
+        self.table = torch.tensor([*table, [rows, 0, 0, 0]], dtype=torch.int32, device=device)
         self.rows = rows
 
     @classmethod
     def of(cls, table: Tensor, rows: int) -> TokenLayout:
         """A layout from its table, with buffers of `rows` rows."""
         check_tensor("table", table)
-        if table.dtype != torch.int32 or table.device.type != "cpu":
-            raise TypeError(f"table is {table.dtype} on {table.device}, must be torch.int32 on the CPU")
+        if table.dtype != torch.int32:
+            raise TypeError(f"table is {table.dtype}, must be torch.int32")
         if table.dim() != 2 or table.shape[0] < 1 or table.shape[1] != 4 or not table.is_contiguous():
             raise ValueError(f"table has shape {tuple(table.shape)}, must be [B + 1, 4] and contiguous")
         layout = cls.__new__(cls)
@@ -47,16 +57,22 @@ class TokenLayout:
         return layout
 
     @classmethod
-    def uniform(cls, batch: int, grid: Grid) -> TokenLayout:
+    def uniform(cls, batch: int, grid: Grid, device: torch.device | str = "cpu") -> TokenLayout:
         """`batch` samples with the same grid. Built of torch operations so that torch.compile follows them."""
         frames, height, width = (1, *check_grid("grid", grid))[-3:]
         tokens = frames * height * width
         if batch < 0 or batch * tokens >= 2**31:
             raise ValueError(f"batch is {batch}, must be at least 0 and give fewer than 2^31 tokens of {grid}")
-        offsets = (torch.arange(batch + 1, dtype=torch.int32, device="cpu") * tokens)[:, None]
-        sides = torch.tensor([[frames, height, width]], dtype=torch.int32, device="cpu").expand(batch, 3)
-        sides = torch.cat([sides, torch.zeros(1, 3, dtype=torch.int32, device="cpu")])
+        if not torch.compiler.is_compiling():
+            return cls.of(_uniform_table(batch, (frames, height, width), torch.device(device)), batch * tokens)
+        offsets = (torch.arange(batch + 1, dtype=torch.int32, device=device) * tokens)[:, None]
+        sides = torch.tensor([[frames, height, width]], dtype=torch.int32, device=device).expand(batch, 3)
+        sides = torch.cat([sides, torch.zeros(1, 3, dtype=torch.int32, device=device)])
         return cls.of(torch.cat([offsets, sides], dim=1), batch * tokens)
+
+    def to(self, device: torch.device | str) -> TokenLayout:
+        """The same layout with its table on another device."""
+        return TokenLayout.of(self.table.to(device, non_blocking=True), self.rows)
 
     @property
     def batch(self) -> int:

@@ -53,7 +53,7 @@ class FlexDiT(nn.Module):
 
     Args:
         config: FlexDiTConfig.
-        dtype, device: of the parameters; float32, bfloat16 or float64 on the CPU.
+        dtype, device: of the parameters; float32 or bfloat16, on the CPU also float64, on a GPU also float16.
 
     `activation_checkpointing = True` recomputes every block in backward instead of keeping its activations.
     """
@@ -103,7 +103,8 @@ class FlexDiT(nn.Module):
 
         Args:
             x: [B, in_channels, input_size, input_size], the model's dtype.
-            t: [B] timesteps in [0, 1000], integers or floating point.
+            t: [B] timesteps in [0, 1000], integers or floating point. With x on a GPU t may stay on the CPU: then the
+                sparse layout is exact, while one that follows t on the GPU has spare rows (ops.select_tokens).
             y: [B] labels, integers; num_classes is the null class.
             grid: sparse grid (h, w) of all samples, or a list of one per sample; None follows the density schedule
                 at each sample's timestep.
@@ -113,8 +114,9 @@ class FlexDiT(nn.Module):
         """
         config = self.config
         self._check_inputs(x, t, y)
-        sparse_layout = self._sparse_layout(x.shape[0], t, grid)
-        layout = TokenLayout.uniform(x.shape[0], config.dense_grid)
+        sparse_layout = self._sparse_layout(x.shape[0], t, grid, x.device)
+        layout = TokenLayout.uniform(x.shape[0], config.dense_grid, x.device)
+        t = t.to(x.device)
         dropped = None
         if self.training and config.class_dropout_prob > 0:
             dropped = torch.rand(y.shape, device=y.device) < config.class_dropout_prob
@@ -212,14 +214,14 @@ class FlexDiT(nn.Module):
         fc1, fc2 = self.timestep_embed.fc1, self.timestep_embed.fc2
         return [fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.label_embed.weight]
 
-    def _sparse_layout(self, batch: int, t: Tensor, grid) -> TokenLayout | None:
+    def _sparse_layout(self, batch: int, t: Tensor, grid, device: torch.device) -> TokenLayout | None:
         if grid is None:
-            return ops.select_tokens(t, self.schedule) if self.config.num_sdtm else None
+            return ops.select_tokens(t, self.schedule).to(device) if self.config.num_sdtm else None
         if isinstance(grid, (tuple, list)) and (isinstance(grid[0], (tuple, list)) if grid else batch == 0):
             if len(grid) != batch:
                 raise ValueError(f"grid lists {len(grid)} grids, must list one for each of the {batch} samples")
-            return TokenLayout([self._checked(f"grid[{i}]", one) for i, one in enumerate(grid)])
-        return TokenLayout.uniform(batch, self._checked("grid", grid))
+            return TokenLayout([self._checked(f"grid[{i}]", one) for i, one in enumerate(grid)], device)
+        return TokenLayout.uniform(batch, self._checked("grid", grid), device)
 
     def _checked(self, name: str, grid) -> Grid:
         return self.config.check_sparse_grid(name, check_grid(name, grid))
@@ -229,7 +231,7 @@ class FlexDiT(nn.Module):
         config, weight = self.config, self.patch_embed.weight
         for name, tensor in (("x", x), ("t", t), ("y", y)):
             check_tensor(name, tensor)
-            if tensor.device != weight.device:
+            if tensor.device != weight.device and not (name == "t" and tensor.device.type == "cpu"):
                 raise ValueError(f"{name} is on {tensor.device}, the model on {weight.device}: they must agree")
         if x.dim() != 4 or x.shape[1:] != (config.in_channels, config.input_size, config.input_size):
             raise ValueError(

@@ -1,7 +1,8 @@
 """The public operations, as torch.library custom ops with gradients: `flexdit_ext.ops.attention(...)` and friends.
 
-Tokens are packed rows [R, C] with a TokenLayout; B is its number of samples. dtypes: float32, bfloat16, float64, the
-same for all tensors of a call; statistics and sums are kept in float32 (float64 for float64). Every op has a twin of
+Tokens are packed rows [R, C] with a TokenLayout; B is its number of samples. All tensors of a call and the tables of
+its layouts are on one device. dtypes, the same for all tensors of a call: float32 and bfloat16, on the CPU also
+float64, on a GPU also float16; statistics and sums are kept in float32 (float64 for float64). Every op has a twin of
 the same name in flexdit_ext.reference. Shapes and dtypes that do not fit raise ValueError naming the argument.
 """
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from . import _C
 from ._arguments import check_count, check_floats, check_number, check_timesteps, check_width
-from ._core import empty_rows, require_cpu, rows, threads, workspace
+from ._core import empty_rows, execution, require_device, rows, workspace
 from .layout import TokenLayout
 from .schedule import DensitySchedule
 
@@ -33,7 +34,7 @@ def _check_layouts(**layouts: TokenLayout) -> None:
 
 
 def _statistics(x: Tensor) -> Tensor:
-    return workspace(_C.row_statistics_workspace(x))
+    return workspace(_C.row_statistics_workspace(x), x)
 
 
 # Modulated layer norm
@@ -41,10 +42,10 @@ def _statistics(x: Tensor) -> Tensor:
 
 @custom_op("flexdit_ext::modulated_layer_norm", mutates_args=())
 def _modulated_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, table: Tensor, eps: float) -> Tensor:
-    require_cpu("modulated_layer_norm", x=x, shift=shift, scale=scale)
+    require_device("modulated_layer_norm", x=x, shift=shift, scale=scale, layout=table)
     x = rows(x)
     y = empty_rows(x, *x.shape)
-    _C.modulated_layer_norm(x, rows(shift), rows(scale), table, eps, y, threads())
+    _C.modulated_layer_norm(x, rows(shift), rows(scale), table, eps, y, execution(x))
     return y
 
 
@@ -60,7 +61,7 @@ def _modulated_layer_norm_backward(
     x = rows(x)
     grad_x, grad_shift, grad_scale = empty_rows(x, *x.shape), empty_rows(x, *scale.shape), empty_rows(x, *scale.shape)
     _C.modulated_layer_norm_backward(
-        x, rows(scale), table, eps, rows(grad), grad_x, grad_shift, grad_scale, _statistics(x), threads()
+        x, rows(scale), table, eps, rows(grad), grad_x, grad_shift, grad_scale, _statistics(x), execution(x)
     )
     return grad_x, grad_shift, grad_scale
 
@@ -100,10 +101,10 @@ def modulated_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, layout: TokenL
 
 @custom_op("flexdit_ext::gated_residual", mutates_args=())
 def _gated_residual(x: Tensor, y: Tensor, gate: Tensor, table: Tensor) -> Tensor:
-    require_cpu("gated_residual", x=x, y=y, gate=gate)
+    require_device("gated_residual", x=x, y=y, gate=gate, layout=table)
     x = rows(x)
     out = empty_rows(x, *x.shape)
-    _C.gated_residual(x, rows(y), rows(gate), table, out, threads())
+    _C.gated_residual(x, rows(y), rows(gate), table, out, execution(x))
     return out
 
 
@@ -116,7 +117,7 @@ def _(x, y, gate, table):
 def _gated_residual_backward(y: Tensor, gate: Tensor, table: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     y = rows(y)
     grad_y, grad_gate = empty_rows(y, *y.shape), empty_rows(y, *gate.shape)
-    _C.gated_residual_backward(y, rows(gate), table, rows(grad), grad_y, grad_gate, threads())
+    _C.gated_residual_backward(y, rows(gate), table, rows(grad), grad_y, grad_gate, execution(y))
     return grad_y, grad_gate
 
 
@@ -150,9 +151,9 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, layout: TokenLayout) -> T
 
 @custom_op("flexdit_ext::linear", mutates_args=())
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    require_cpu("linear", x=x, weight=weight, bias=bias)
+    require_device("linear", x=x, weight=weight, bias=bias)
     y = empty_rows(x, x.shape[0], weight.shape[0])
-    _C.linear(x.contiguous(), weight.contiguous(), bias.contiguous(), y, threads())
+    _C.linear(x.contiguous(), weight.contiguous(), bias.contiguous(), y, execution(x))
     return y
 
 
@@ -166,8 +167,8 @@ def _linear_backward(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, T
     x, weight = x.contiguous(), weight.contiguous()
     grad_x, grad_weight = empty_rows(x, *x.shape), empty_rows(x, *weight.shape)
     grad_bias = empty_rows(x, weight.shape[0])
-    scratch = workspace(_C.linear_backward_workspace(weight))
-    _C.linear_backward(x, weight, grad.contiguous(), grad_x, grad_weight, grad_bias, scratch, threads())
+    scratch = workspace(_C.linear_backward_workspace(weight), x)
+    _C.linear_backward(x, weight, grad.contiguous(), grad_x, grad_weight, grad_bias, scratch, execution(x))
     return grad_x, grad_weight, grad_bias
 
 
@@ -189,10 +190,10 @@ _linear.register_autograd(_linear_gradient, setup_context=_save_linear)
 
 @custom_op("flexdit_ext::modulated_mean", mutates_args=())
 def _modulated_mean(x: Tensor, shift: Tensor, scale: Tensor, table: Tensor, eps: float) -> Tensor:
-    require_cpu("pooled_attention", x=x, shift=shift, scale=scale)
+    require_device("pooled_attention", x=x, shift=shift, scale=scale, layout=table)
     x = rows(x)
     mean = empty_rows(x, *shift.shape)
-    _C.modulated_mean(x, rows(shift), rows(scale), table, eps, mean, _statistics(x), threads())
+    _C.modulated_mean(x, rows(shift), rows(scale), table, eps, mean, _statistics(x), execution(x))
     return mean
 
 
@@ -208,7 +209,7 @@ def _modulated_mean_backward(
     x = rows(x)
     grad_x, grad_shift, grad_scale = empty_rows(x, *x.shape), empty_rows(x, *scale.shape), empty_rows(x, *scale.shape)
     _C.modulated_mean_backward(
-        x, rows(scale), table, eps, rows(grad), grad_x, grad_shift, grad_scale, _statistics(x), threads()
+        x, rows(scale), table, eps, rows(grad), grad_x, grad_shift, grad_scale, _statistics(x), execution(x)
     )
     return grad_x, grad_shift, grad_scale
 
@@ -258,9 +259,9 @@ def pooled_attention(
 
 @custom_op("flexdit_ext::pool_tokens", mutates_args=())
 def _pool_tokens(x: Tensor, position: Tensor | None, table: Tensor, sparse_table: Tensor, sparse_rows: int) -> Tensor:
-    require_cpu("pool_tokens", x=x)
+    require_device("pool_tokens", x=x, position=position, layout=table, sparse_layout=sparse_table)
     out = empty_rows(x, sparse_rows, x.shape[1])
-    _C.pool_tokens(rows(x), position, table, sparse_table, out, threads())
+    _C.pool_tokens(rows(x), position, table, sparse_table, out, execution(x))
     return out
 
 
@@ -272,7 +273,7 @@ def _(x, position, table, sparse_table, sparse_rows):
 @custom_op("flexdit_ext::pool_tokens_backward", mutates_args=())
 def _pool_tokens_backward(table: Tensor, sparse_table: Tensor, grad: Tensor, dense_rows: int) -> Tensor:
     grad_x = empty_rows(grad, dense_rows, grad.shape[1])
-    _C.pool_tokens_backward(table, sparse_table, rows(grad), grad_x, threads())
+    _C.pool_tokens_backward(table, sparse_table, rows(grad), grad_x, execution(grad))
     return grad_x
 
 
@@ -311,10 +312,10 @@ def pool_tokens_with_position(
 
 @custom_op("flexdit_ext::gather_sparse", mutates_args=())
 def _gather_sparse(s: Tensor, x: Tensor, table: Tensor, sparse_table: Tensor) -> Tensor:
-    require_cpu("recover_tokens", s=s, x=x)
+    require_device("recover_tokens", s=s, x=x, layout=table, sparse_layout=sparse_table)
     x = rows(x)
     out = empty_rows(x, *x.shape)
-    _C.gather_sparse(rows(s), x, table, sparse_table, out, threads())
+    _C.gather_sparse(rows(s), x, table, sparse_table, out, execution(x))
     return out
 
 
@@ -326,7 +327,7 @@ def _(s, x, table, sparse_table):
 @custom_op("flexdit_ext::gather_sparse_backward", mutates_args=())
 def _gather_sparse_backward(table: Tensor, sparse_table: Tensor, grad: Tensor, sparse_rows: int) -> Tensor:
     grad_s = empty_rows(grad, sparse_rows, grad.shape[1])
-    _C.gather_sparse_backward(table, sparse_table, rows(grad), grad_s, threads())
+    _C.gather_sparse_backward(table, sparse_table, rows(grad), grad_s, execution(grad))
     return grad_s
 
 
@@ -385,10 +386,10 @@ def _core_schedule(begins: tuple[int, ...], sides: tuple[int, ...], num_timestep
 
 @custom_op("flexdit_ext::select_tokens", mutates_args=())
 def _select_tokens(t: Tensor, begins: Sequence[int], sides: Sequence[int], num_timesteps: int) -> Tensor:
-    require_cpu("select_tokens", t=t)
-    table = torch.empty(t.shape[0] + 1, 4, dtype=torch.int32, device="cpu")
+    require_device("select_tokens", t=t)
+    table = torch.empty(t.shape[0] + 1, 4, dtype=torch.int32, device=t.device)
     schedule = _core_schedule(tuple(begins), tuple(sides), num_timesteps)
-    _C.select_tokens(t.to(torch.float64).contiguous(), schedule, table, threads())
+    _C.select_tokens(t.to(torch.float64).contiguous(), schedule, table, execution(t))
     return table
 
 
@@ -398,17 +399,19 @@ def _(t, begins, sides, num_timesteps):
 
 
 def select_tokens(t: Tensor, schedule: DensitySchedule) -> TokenLayout:
-    """The layout of sparse tokens that `schedule` gives to timesteps t [B] (integers, or fractions between them).
+    """The layout of sparse tokens that `schedule` gives to timesteps t [B] (integers, or fractions between them), on
+    t's device.
 
-    Raises ValueError for a t outside [0, schedule.num_timesteps] or NaN. Under torch.compile its buffers are sized for
-    the largest grid, since the number of rows depends on the values of t.
+    Raises ValueError for a t outside [0, schedule.num_timesteps] or NaN. On a GPU nothing waits for the values of t:
+    one outside takes the first or the last segment, and buffers are sized for the largest grid, as under
+    torch.compile.
     """
     check_timesteps("t", t)
     if not isinstance(schedule, DensitySchedule):
         raise TypeError(f"schedule is {type(schedule).__name__}, must be a DensitySchedule")
     sides = [side for grid in schedule.grids for side in (1, *grid)[-3:]]
     table = _select_tokens(t, list(schedule.begins), sides, schedule.num_timesteps)
-    if torch.compiler.is_compiling():
+    if t.is_cuda or torch.compiler.is_compiling():
         largest = max(f * h * w for f, h, w in zip(sides[::3], sides[1::3], sides[2::3], strict=True))
         return TokenLayout.of(table, t.shape[0] * largest)
     return TokenLayout.of(table, int(table[-1, 0]))
@@ -421,10 +424,10 @@ def select_tokens(t: Tensor, schedule: DensitySchedule) -> TokenLayout:
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, num_heads: int, table_q: Tensor, table_k: Tensor
 ) -> tuple[Tensor, Tensor]:
-    require_cpu("attention", q=q, k=k, v=v)
+    require_device("attention", q=q, k=k, v=v, layout_q=table_q, layout_k=table_k)
     out = empty_rows(q, *q.shape)
-    lse = torch.empty(q.shape[0], num_heads, dtype=torch.promote_types(q.dtype, torch.float32), device="cpu")
-    _C.attention(rows(q), rows(k), rows(v), num_heads, table_q, table_k, out, lse, threads())
+    lse = torch.empty(q.shape[0], num_heads, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    _C.attention(rows(q), rows(k), rows(v), num_heads, table_q, table_k, out, lse, execution(q))
     return out, lse
 
 
@@ -447,7 +450,7 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = [empty_rows(x, *x.shape) for x in (q, k, v)]
     _C.attention_backward(
-        rows(q), rows(k), rows(v), num_heads, table_q, table_k, out, lse, rows(grad), *grads, threads()
+        rows(q), rows(k), rows(v), num_heads, table_q, table_k, out, lse, rows(grad), *grads, execution(q)
     )
     return tuple(grads)
 

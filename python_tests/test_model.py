@@ -21,6 +21,7 @@ from helpers import (
 )
 
 from flexdit_ext import _C, DensitySchedule, FlexDiT, FlexDiTConfig, TokenLayout, _block_ops
+from flexdit_ext._core import execution
 
 
 def forward_backward(model, x, t, y, grid=None, grad=None):
@@ -104,13 +105,14 @@ class Buffer:
 
 def core_forward_backward(model, x, t, y, sparse, grad, features=None):
     """model.forward and backward through _C alone; context and workspaces are the caller's."""
-    config, threads = model.config.core, torch.get_num_threads()
+    config, exec = model.config.core, execution(x)
     state_dict = model.state_dict()
     names = [name for name, _, _ in _C.model_parameters(config)]
     parameters = [state_dict[name] for name in names]
-    tables = sparse.table if sparse is not None else None
+    # The dense layout is the library's own; a count of 0 rows is the layout's total.
+    layouts = (None, sparse.table if sparse is not None else None, 0, 0)
     times = t.double()
-    context_bytes, inference_bytes, training_bytes, backward_bytes = _C.model_bytes(config, parameters, x, tables)
+    context_bytes, inference_bytes, training_bytes, backward_bytes = _C.model_bytes(config, parameters, x, *layouts)
     out_shape = (len(x), model.config.out_channels, *x.shape[2:])
 
     def buffer(shape):
@@ -119,7 +121,7 @@ def core_forward_backward(model, x, t, y, sparse, grad, features=None):
     def run(context, workspace):
         out = buffer(out_shape)
         data = out.like(out_shape, x.dtype)
-        _C.model_forward(config, parameters, x, times, features, y, tables, data, context, workspace.bytes, threads)
+        _C.model_forward(config, parameters, x, times, features, y, *layouts, data, context, workspace.bytes, exec)
         assert out.intact() and workspace.intact()
         return data
 
@@ -135,8 +137,8 @@ def core_forward_backward(model, x, t, y, sparse, grad, features=None):
     gradients = [b.like(p.shape, x.dtype) for b, p in zip(buffers, parameters[1:], strict=True)]
     grad_data = grad_x.like(x.shape, x.dtype)
     _C.model_backward(
-        config, parameters, x, times, features, y, tables, context.bytes, grad, grad_data, [None, *gradients],
-        workspace.bytes, threads,
+        config, parameters, x, times, features, y, *layouts, context.bytes, grad, grad_data, [None, *gradients],
+        workspace.bytes, exec,
     )  # fmt: skip
     assert all(b.intact() for b in [*buffers, workspace, context, grad_x])
     return SimpleNamespace(out=out, x=grad_data, parameters=dict(zip(names[1:], gradients, strict=True)))

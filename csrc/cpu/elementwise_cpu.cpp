@@ -31,12 +31,13 @@ void gelu_backward(const GeluBackward& p, int threads) {
     for_rows(p.x.rows, threads, [&](int64_t r) {
       const T *x = row<T>(p.x, r), *grad_y = row<T>(p.grad_y, r);
       T *y = row<T>(p.y, r), *grad_x = row<T>(p.grad_x, r);
+      if (p.y) {
 #pragma omp simd
-      for (int64_t i = 0; i < p.x.cols; ++i) {
-        const auto value = load(x, i), gate = gelu_gate(value);
-        store(y, i, value * gate);
-        store(grad_x, i, load(grad_y, i) * gelu_derivative(value, gate));
+        for (int64_t i = 0; i < p.x.cols; ++i) store(y, i, load(x, i) * gelu_gate(load(x, i)));
       }
+#pragma omp simd
+      for (int64_t i = 0; i < p.x.cols; ++i)
+        store(grad_x, i, load(grad_y, i) * gelu_derivative(load(x, i), gelu_gate(load(x, i))));
     });
   });
 }

@@ -13,7 +13,16 @@
 
 #include "cpu/kernels.h"
 
-namespace flexdit::cpu {
+namespace flexdit {
+
+// The weight [N, K] as the right operand [K, N] of x weight^T.
+class PackedWeight {
+ public:
+  dnnl::memory memory;
+};
+void PackedWeightDeleter::operator()(const PackedWeight* weight) const { delete weight; }
+
+namespace cpu {
 namespace {
 
 constexpr int64_t kRowPiece = 1024;   // rows of one forward product
@@ -49,6 +58,9 @@ struct Product {
   Operand a, b, c;
   Matrix bias = {};
   bool gelu = false, accumulate = false;
+  const PackedWeight* packed = nullptr;  // b once more
+
+  memory::desc b_descriptor() const { return packed ? packed->memory.get_desc() : b.descriptor(); }
 };
 
 struct Key {
@@ -67,7 +79,8 @@ struct KeyHash {
 
 Key key_of(const Product& p, int threads) {
   const int flags = p.a.transposed | p.b.transposed << 1 | p.gelu << 2 | p.accumulate << 3 | bool(p.bias) << 4 |
-                    static_cast<int>(p.a.matrix.dtype) << 5 | static_cast<int>(p.c.matrix.dtype) << 8;
+                    static_cast<int>(p.a.matrix.dtype) << 5 | static_cast<int>(p.c.matrix.dtype) << 8 |
+                    (p.packed != nullptr) << 11;
   return {p.a.rows(), p.b.cols(), p.a.cols(), p.a.matrix.stride, p.b.matrix.stride, p.c.matrix.stride, flags, threads};
 }
 
@@ -77,7 +90,7 @@ dnnl::matmul create(const Product& p) {
   if (p.gelu) post.append_eltwise(dnnl::algorithm::eltwise_gelu_tanh, 0, 0);
   dnnl::primitive_attr attributes;
   attributes.set_post_ops(post);
-  const auto a = p.a.descriptor(), b = p.b.descriptor(), c = p.c.descriptor();
+  const auto a = p.a.descriptor(), b = p.b_descriptor(), c = p.c.descriptor();
   if (!p.bias) return dnnl::matmul({engine(), a, b, c, attributes});
   const memory::desc bias({1, p.bias.cols}, onednn_type(p.bias.dtype), memory::format_tag::ab);
   return dnnl::matmul({engine(), a, b, bias, c, attributes});
@@ -102,7 +115,9 @@ void multiply(const Product& p, int threads) {
   dnnl::stream stream(engine());
   const auto view = [](const Operand& o) { return memory(o.descriptor(), engine(), o.matrix.data); };
   std::unordered_map<int, memory> arguments{
-      {DNNL_ARG_SRC, view(p.a)}, {DNNL_ARG_WEIGHTS, view(p.b)}, {DNNL_ARG_DST, view(p.c)}};
+      {DNNL_ARG_SRC, view(p.a)},
+      {DNNL_ARG_WEIGHTS, p.packed ? p.packed->memory : view(p.b)},
+      {DNNL_ARG_DST, view(p.c)}};
   if (p.bias)
     arguments.emplace(DNNL_ARG_BIAS, memory({{1, p.bias.cols}, onednn_type(p.bias.dtype), memory::format_tag::ab},
                                             engine(), p.bias.data));
@@ -182,7 +197,8 @@ void linear(const Linear& p, int threads) {
               .b = {p.weight, true},
               .c = {p.y.row_range(first, count)},
               .bias = p.bias,
-              .gelu = p.activation == Activation::gelu_tanh},
+              .gelu = p.activation == Activation::gelu_tanh,
+              .packed = p.packed},
              threads);
   });
 }
@@ -216,6 +232,24 @@ void linear_backward(const LinearBackward& p, int threads) {
   if (p.grad_bias) kernels().column_sums({.x = p.grad_y, .sums = p.grad_bias}, threads);
 }
 
+PackedWeightPointer pack_weight(const Matrix& weight, int threads) {
+  constexpr int64_t kTypicalRows = 256;
+  if (weight.dtype == DType::bfloat16 && !has_bfloat16_products()) return nullptr;
+  const OpenMPThreads scope(threads);
+  const Operand b{weight, true};
+  const auto type = onednn_type(weight.dtype);
+  const memory::desc a({kTypicalRows, b.rows()}, type, memory::format_tag::ab),
+      c({kTypicalRows, b.cols()}, type, memory::format_tag::ab),
+      any({b.rows(), b.cols()}, type, memory::format_tag::any);
+  const dnnl::matmul::primitive_desc best(engine(), a, any, c);
+  auto packed = PackedWeightPointer(new PackedWeight{memory(best.weights_desc(), engine())});
+  memory from(b.descriptor(), engine(), weight.data), to = packed->memory;
+  dnnl::stream stream(engine());
+  dnnl::reorder(from, to).execute(stream, from, to);
+  stream.wait();
+  return packed;
+}
+
 const char* onednn_version() {
   static const std::string version = [] {
     const dnnl_version_t* v = dnnl_version();
@@ -224,4 +258,5 @@ const char* onednn_version() {
   return version.c_str();
 }
 
-}  // namespace flexdit::cpu
+}  // namespace cpu
+}  // namespace flexdit

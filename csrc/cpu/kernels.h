@@ -31,7 +31,12 @@
   KERNEL(unpatchify, Patches)                                       \
   KERNEL(timestep_embedding, TimestepEmbedding)                     \
   KERNEL(label_embedding, LabelEmbedding)                           \
-  KERNEL(label_embedding_backward, LabelEmbeddingBackward)
+  KERNEL(label_embedding_backward, LabelEmbeddingBackward)          \
+  KERNEL(normal_noise, NormalNoise)                                 \
+  KERNEL(denoise_step, DenoiseStep)                                 \
+  KERNEL(model_input, ModelInput)                                   \
+  KERNEL(guidance_combine, GuidanceCombine)                         \
+  KERNEL(gather_rows, GatherRows)
 
 namespace flexdit::cpu {
 
@@ -54,6 +59,7 @@ const char* instruction_set();
 // oneDNN; defined in gemm_cpu.cpp.
 void linear(const Linear& p, int threads);
 void linear_backward(const LinearBackward& p, int threads);
+PackedWeightPointer pack_weight(const Matrix& weight, int threads);  // null where oneDNN has no such product
 const char* onednn_version();
 
 namespace FLEXDIT_ISA {

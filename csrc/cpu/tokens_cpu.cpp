@@ -101,6 +101,10 @@ void pool_tokens(const PoolTokens& p, int threads) {
       });
     }
   });
+  if (p.normed)
+    modulated_layer_norm(
+        {.x = p.out, .shift = p.shift, .scale = p.scale, .layout = p.sparse_layout, .y = p.normed, .eps = p.eps},
+        threads);
 }
 
 void pool_tokens_backward(const PoolTokensBackward& p, int threads) {

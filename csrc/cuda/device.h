@@ -252,7 +252,7 @@ void launch(const Op& op, void (*kernel)(Parameters...), dim3 grid, dim3 block, 
   const emulator::Configuration configuration{op.name, grid, block, shared_bytes};
   if (const char* words = emulator::launch_error(configuration))
     launch_failed(op, grid, block, shared_bytes, exec.device_index, words);
-  emulator::run(configuration, [&] { kernel(arguments...); });
+  emulator::submit([=] { emulator::run(configuration, [&] { kernel(arguments...); }); });
 #else
   constexpr size_t kDefaultSharedBytes = 48 << 10;
   int before = 0;
@@ -271,5 +271,10 @@ void launch(const Op& op, void (*kernel)(Parameters...), dim3 grid, dim3 block, 
 }
 
 constexpr int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Kernels with a thread per element.
+constexpr int kElementThreads = 256;
+inline unsigned element_blocks(int64_t elements) { return static_cast<unsigned>(ceil_divide(elements, kElementThreads)); }
+__device__ __forceinline__ int64_t element_of_thread() { return int64_t{blockIdx.x} * kElementThreads + threadIdx.x; }
 
 }  // namespace flexdit::cuda

@@ -37,7 +37,7 @@ struct GeluGradient {
       value.set(i, v * gate);
       grad.set(i, grad[i] * slope);
     }
-    store(row<T>(y, r) + column, value);
+    if (y.data) store(row<T>(y, r) + column, value);
     store(row<T>(grad_x, r) + column, grad);
   }
 };

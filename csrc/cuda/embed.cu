@@ -4,14 +4,9 @@
 namespace flexdit::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-
-unsigned blocks_for(int64_t elements) { return static_cast<unsigned>(ceil_divide(elements, kThreads)); }
-__device__ __forceinline__ int64_t element_of_thread() { return int64_t{blockIdx.x} * kThreads + threadIdx.x; }
-
 // One thread per value, neighbours along an image's row: reads or writes of the image are contiguous.
 template <class T>
-__global__ void __launch_bounds__(kThreads) move_patches_kernel(Patches p, bool to_rows) {
+__global__ void __launch_bounds__(kElementThreads) move_patches_kernel(Patches p, bool to_rows) {
   const int64_t i = element_of_thread(), values = p.channels * p.patch * p.patch;
   if (i >= p.rows.rows * values) return;
   if (i >= p.layout.total() * values) {  // spare rows; the image has none
@@ -35,13 +30,13 @@ __global__ void __launch_bounds__(kThreads) move_patches_kernel(Patches p, bool 
 void move_patches(const char* name, const Patches& p, bool to_rows, const Execution& exec) {
   with_type(p.rows.dtype, [&](auto tag) {
     launch({name, p.rows.rows, p.rows.cols}, move_patches_kernel<decltype(tag)>,
-           blocks_for(p.rows.rows * p.rows.cols), kThreads, 0, exec, p, to_rows);
+           element_blocks(p.rows.rows * p.rows.cols), kElementThreads, 0, exec, p, to_rows);
   });
 }
 
 // The few values are computed in double and rounded once, as on the CPU: t w reaches 1000.
 template <class T>
-__global__ void __launch_bounds__(kThreads) timestep_kernel(TimestepEmbedding p) {
+__global__ void __launch_bounds__(kElementThreads) timestep_kernel(TimestepEmbedding p) {
   const int64_t half = p.out.cols / 2, i = element_of_thread() % half, b = element_of_thread() / half;
   if (b >= p.out.rows) return;
   const float exponent = -9.2103404f * float(i) / float(half);  // -ln 10000
@@ -52,7 +47,7 @@ __global__ void __launch_bounds__(kThreads) timestep_kernel(TimestepEmbedding p)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) add_labels_kernel(LabelEmbedding p) {
+__global__ void __launch_bounds__(kElementThreads) add_labels_kernel(LabelEmbedding p) {
   const int64_t i = element_of_thread();
   if (i >= p.x.rows * p.x.cols) return;
   const int64_t b = i / p.x.cols, column = i % p.x.cols, label = p.labels[b];
@@ -92,14 +87,14 @@ void unpatchify(const Patches& p, const Execution& exec) { move_patches("unpatch
 void timestep_embedding(const TimestepEmbedding& p, const Execution& exec) {
   with_type(p.out.dtype, [&](auto tag) {
     launch({"timestep_embedding", p.out.rows, p.out.cols}, timestep_kernel<decltype(tag)>,
-           blocks_for(p.out.rows * (p.out.cols / 2)), kThreads, 0, exec, p);
+           element_blocks(p.out.rows * (p.out.cols / 2)), kElementThreads, 0, exec, p);
   });
 }
 
 void label_embedding(const LabelEmbedding& p, const Execution& exec) {
   with_type(p.x.dtype, [&](auto tag) {
-    launch({"label_embedding", p.x.rows, p.x.cols}, add_labels_kernel<decltype(tag)>, blocks_for(p.x.rows * p.x.cols),
-           kThreads, 0, exec, p);
+    launch({"label_embedding", p.x.rows, p.x.cols}, add_labels_kernel<decltype(tag)>, element_blocks(p.x.rows * p.x.cols),
+           kElementThreads, 0, exec, p);
   });
 }
 

@@ -1,56 +1,59 @@
 // Linear layers through cuBLASLt, which is loaded at run time: nothing links to it, and a process that has imported
-// torch has it already. Algorithms come from its heuristic, once per shape. Only those without workspace are asked for
-// where the caller brings none: nothing is allocated here.
+// torch has it already. Algorithms come from its heuristic, once per shape, or are timed once per shape with
+// FLEXDIT_TUNE=1. Only those without workspace are asked for where the caller brings none: nothing is allocated here.
+// GELU and its derivative run in the product's epilogue where cuBLASLt can do that, else as kernels of their own.
 #include <cuda_runtime_api.h>
-
-#include "cuda/kernels.h"
-
-#ifdef FLEXDIT_CUBLASLT
-
-#include <cublasLt.h>
 #include <dlfcn.h>
 
+#include <array>
 #include <cstdlib>
+#include <cstring>
 #include <map>
 #include <mutex>
-#include <tuple>
+#include <optional>
+
+#include "cuda/cublaslt_api.h"
+#include "cuda/kernels.h"
 
 namespace flexdit::cuda {
 namespace {
 
-#define FLEXDIT_STRINGIZE(x) #x
-#define FLEXDIT_SONAME(major) "libcublasLt.so." FLEXDIT_STRINGIZE(major)
-
-// The functions that are used, by their names without "cublasLt".
-#define FLEXDIT_CUBLASLT_FUNCTIONS(FUNCTION)                                                   \
-  FUNCTION(Create)                                                                             \
-  FUNCTION(GetStatusString)                                                                    \
-  FUNCTION(Matmul)                                                                             \
-  FUNCTION(MatmulAlgoGetHeuristic) FUNCTION(MatmulDescCreate) FUNCTION(MatmulDescSetAttribute) \
-      FUNCTION(MatmulDescDestroy) FUNCTION(MatrixLayoutCreate) FUNCTION(MatrixLayoutDestroy)   \
-          FUNCTION(MatmulPreferenceCreate) FUNCTION(MatmulPreferenceSetAttribute) FUNCTION(MatmulPreferenceDestroy)
+using namespace cublaslt;
 
 struct Library {
-#define FLEXDIT_POINTER(name) decltype(&cublasLt##name) name = nullptr;
+#define FLEXDIT_POINTER(result, name, parameters) result(*name) parameters = nullptr;
   FLEXDIT_CUBLASLT_FUNCTIONS(FLEXDIT_POINTER)
 #undef FLEXDIT_POINTER
   std::string error;
 
   Library() {
-    const char* path = std::getenv("FLEXDIT_CUBLASLT");
-    void* handle = dlopen(path ? path : FLEXDIT_SONAME(CUBLAS_VER_MAJOR), RTLD_NOW | RTLD_LOCAL);
-    if (!handle) {
-      error =
-          std::string("cuBLASLt could not be loaded (") + dlerror() +
-          "): install the CUDA toolkit's or PyPI's nvidia-cublas, and import torch first or set FLEXDIT_CUBLASLT to "
-          "the path of " FLEXDIT_SONAME(CUBLAS_VER_MAJOR);
-      return;
-    }
-#define FLEXDIT_SYMBOL(name)                                                \
+    void* handle = open();
+    if (!handle) return;
+#define FLEXDIT_SYMBOL(result, name, parameters)                            \
   name = reinterpret_cast<decltype(name)>(dlsym(handle, "cublasLt" #name)); \
-  if (!name) error = "cuBLASLt lacks cublasLt" #name;
+  if (!name) error = "cuBLASLt lacks cublasLt" #name ", at least version 11.6 is needed";
     FLEXDIT_CUBLASLT_FUNCTIONS(FLEXDIT_SYMBOL)
 #undef FLEXDIT_SYMBOL
+  }
+
+ private:
+  // The version that belongs to this build, else another one, which torch may have brought.
+  void* open() {
+    constexpr int kMajor = CUDART_VERSION / 1000;
+    const auto name_of = [](int major) { return "libcublasLt.so." + std::to_string(major); };
+    const char* path = std::getenv("FLEXDIT_CUBLASLT");
+    const std::string wanted = path ? path : name_of(kMajor);
+    if (void* handle = dlopen(wanted.c_str(), RTLD_NOW | RTLD_LOCAL)) return handle;
+    error = std::string("cuBLASLt could not be loaded (") + dlerror() + "). Install it with pip install nvidia-cublas" +
+            (kMajor < 13 ? "-cu" + std::to_string(kMajor) : "") +
+            " or with the CUDA toolkit; then import torch first, or set FLEXDIT_CUBLASLT to the path of " +
+            name_of(kMajor);
+    for (int major : {13, 12})
+      if (void* handle = path ? nullptr : dlopen(name_of(major).c_str(), RTLD_NOW | RTLD_LOCAL)) {
+        error.clear();
+        return handle;
+      }
+    return nullptr;
   }
 };
 const Library& library() {
@@ -63,12 +66,19 @@ struct Operand {
   Matrix matrix;
   bool transposed = false;
 };
+// What happens to a product on its way to c.
+enum class Epilogue {
+  none,
+  gelu,           // c = GELU(product + bias), and aux = product + bias unless it is empty
+  gelu_gradient,  // c = product GELU'(aux)
+};
 struct Product {
   const char* op;
   Operand a, b;
   Matrix c;
-  Matrix bias = {};
-  bool gelu = false, accumulate = false;
+  Matrix bias = {}, aux = {};
+  Epilogue epilogue = Epilogue::none;
+  bool accumulate = false;
   void* workspace = nullptr;
   int64_t workspace_bytes = 0;
 
@@ -80,48 +90,53 @@ struct Product {
                     "] and [" + std::to_string(p.depth()) + ", " + std::to_string(p.c.cols) + "] in " +
                     name_of(p.c.dtype) + ": " + words);
 }
-void check(const Product& p, cublasStatus_t status, const char* call) {
-  if (status == CUBLAS_STATUS_SUCCESS) return;
+void check(const Product& p, Status status, const char* call) {
+  if (status == kSuccess) return;
   fail(p, std::string(call) + " says \"" + library().GetStatusString(status) + "\"");
 }
 void check(const Product& p, cudaError_t status) {
   if (status != cudaSuccess) fail(p, std::string("CUDA says \"") + cudaGetErrorString(status) + "\"");
 }
 
-cudaDataType_t type_of(DType dtype) {
-  return dtype == DType::float32 ? CUDA_R_32F : dtype == DType::bfloat16 ? CUDA_R_16BF : CUDA_R_16F;
+int type_of(DType dtype) {
+  return dtype == DType::float32 ? kTypeFloat32 : dtype == DType::bfloat16 ? kTypeBfloat16 : kTypeFloat16;
 }
+// cuBLASLt counts in columns: a row-major [rows, cols] is its [cols, rows]. The stride of a single row says nothing.
+int64_t leading_dimension(const Matrix& m) { return m.rows <= 1 ? std::max(m.stride, m.cols) : m.stride; }
 
-struct Layout {
-  cublasLtMatrixLayout_t handle = nullptr;
-  // cuBLASLt counts in columns: a row-major [rows, cols] is its [cols, rows].
-  Layout(const Product& p, const Matrix& m) {
-    const int64_t stride = m.rows <= 1 ? std::max(m.stride, m.cols) : m.stride;
-    check(p, library().MatrixLayoutCreate(&handle, type_of(m.dtype), uint64_t(m.cols), uint64_t(m.rows), stride),
+struct LayoutOf {
+  Layout handle = nullptr;
+  LayoutOf(const Product& p, const Matrix& m) {
+    check(p,
+          library().MatrixLayoutCreate(&handle, type_of(m.dtype), uint64_t(m.cols), uint64_t(m.rows),
+                                       leading_dimension(m)),
           "cublasLtMatrixLayoutCreate");
   }
-  Layout(const Layout&) = delete;
-  ~Layout() { library().MatrixLayoutDestroy(handle); }
+  LayoutOf(const LayoutOf&) = delete;
+  ~LayoutOf() { library().MatrixLayoutDestroy(handle); }
 };
+
+EpilogueMode mode_of(const Product& p) {
+  if (p.epilogue == Epilogue::gelu_gradient) return kDgelu;
+  if (p.epilogue == Epilogue::none) return p.bias ? kBias : kDefault;
+  if (p.aux) return p.bias ? kGeluAuxBias : kGeluAux;
+  return p.bias ? kGeluBias : kGelu;
+}
 
 // c^T = b^T a^T in cuBLASLt's order, so b comes first.
 struct Description {
-  cublasLtMatmulDesc_t handle = nullptr;
+  Desc handle = nullptr;
   explicit Description(const Product& p) {
-    check(p, library().MatmulDescCreate(&handle, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescCreate");
-    const auto set = [&](cublasLtMatmulDescAttributes_t attribute, auto value) {
+    check(p, library().MatmulDescCreate(&handle, kComputeFloat32, kTypeFloat32), "cublasLtMatmulDescCreate");
+    const auto set = [&](DescAttribute attribute, auto value) {
       check(p, library().MatmulDescSetAttribute(handle, attribute, &value, sizeof value),
             "cublasLtMatmulDescSetAttribute");
     };
-    set(CUBLASLT_MATMUL_DESC_TRANSA, p.b.transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
-    set(CUBLASLT_MATMUL_DESC_TRANSB, p.a.transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
-    if (p.bias) {
-      set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, static_cast<const void*>(p.bias.data));
-      set(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, type_of(p.bias.dtype));
-    }
-    set(CUBLASLT_MATMUL_DESC_EPILOGUE, p.gelu   ? p.bias ? CUBLASLT_EPILOGUE_GELU_BIAS : CUBLASLT_EPILOGUE_GELU
-                                       : p.bias ? CUBLASLT_EPILOGUE_BIAS
-                                                : CUBLASLT_EPILOGUE_DEFAULT);
+    set(kTransA, int32_t{p.b.transposed ? kTransposed : kNotTransposed});
+    set(kTransB, int32_t{p.a.transposed ? kTransposed : kNotTransposed});
+    set(kEpilogue, int32_t{mode_of(p)});
+    if (p.bias) set(kBiasPointer, static_cast<const void*>(p.bias.data)), set(kBiasDataType, type_of(p.bias.dtype));
+    if (p.aux) set(kAuxPointer, p.aux.data), set(kAuxLd, leading_dimension(p.aux));
   }
   Description(const Description&) = delete;
   ~Description() { library().MatmulDescDestroy(handle); }
@@ -133,11 +148,10 @@ uint32_t alignment_of(const Matrix& m) {
   return static_cast<uint32_t>(address & (~address + 1));
 }
 
-using Key =
-    std::tuple<int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int, uint32_t, uint32_t, uint32_t>;
+// What an algorithm depends on.
+using Key = std::array<int64_t, 15>;
 Key key_of(const Product& p, int device) {
-  const int flags = p.a.transposed | p.b.transposed << 1 | p.gelu << 2 | p.accumulate << 3 | bool(p.bias) << 4 |
-                    static_cast<int>(p.c.dtype) << 5;
+  const int64_t flags = p.a.transposed | p.b.transposed << 1 | p.accumulate << 2;
   return {device,
           p.c.rows,
           p.c.cols,
@@ -145,79 +159,162 @@ Key key_of(const Product& p, int device) {
           p.a.matrix.stride,
           p.b.matrix.stride,
           p.c.stride,
+          p.aux.stride,
           p.workspace_bytes,
-          flags,
+          flags | int64_t{mode_of(p)} << 8,
+          static_cast<int64_t>(p.c.dtype),
           alignment_of(p.a.matrix),
           alignment_of(p.b.matrix),
-          alignment_of(p.c)};
+          alignment_of(p.c),
+          alignment_of(p.aux) << 9 | alignment_of(p.bias)};
 }
 
-struct Preference {
-  cublasLtMatmulPreference_t handle = nullptr;
-  explicit Preference(const Product& p) {
+struct PreferenceOf {
+  Preference handle = nullptr;
+  explicit PreferenceOf(const Product& p) {
     check(p, library().MatmulPreferenceCreate(&handle), "cublasLtMatmulPreferenceCreate");
-    const auto set = [&](cublasLtMatmulPreferenceAttributes_t attribute, auto value) {
+    const auto set = [&](PreferenceAttribute attribute, auto value) {
       check(p, library().MatmulPreferenceSetAttribute(handle, attribute, &value, sizeof value),
             "cublasLtMatmulPreferenceSetAttribute");
     };
-    set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, uint64_t(p.workspace_bytes));
-    set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, alignment_of(p.b.matrix));
-    set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignment_of(p.a.matrix));
-    set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignment_of(p.c));
-    set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignment_of(p.c));
+    set(kMaxWorkspaceBytes, uint64_t(p.workspace_bytes));
+    set(kMinAlignmentA, alignment_of(p.b.matrix));
+    set(kMinAlignmentB, alignment_of(p.a.matrix));
+    set(kMinAlignmentC, alignment_of(p.c));
+    set(kMinAlignmentD, alignment_of(p.c));
   }
-  Preference(const Preference&) = delete;
-  ~Preference() { library().MatmulPreferenceDestroy(handle); }
+  PreferenceOf(const PreferenceOf&) = delete;
+  ~PreferenceOf() { library().MatmulPreferenceDestroy(handle); }
 };
 
-// What is kept between calls: a handle per device and the heuristic's answers.
+// What is kept between calls: a handle per device, and each shape's algorithm, or that there is none.
 struct State {
   std::mutex mutex;
-  std::map<int, cublasLtHandle_t> handles;
-  std::map<Key, cublasLtMatmulAlgo_t> algorithms;
+  std::map<int, Handle> handles;
+  std::map<Key, std::optional<Algorithm>> algorithms;
 };
 State& state() {
   static State kept;
   return kept;
 }
 
-void run(const Product& p, int device, cudaStream_t stream) {
-  const Description description(p);
-  const Layout a(p, p.a.matrix), b(p, p.b.matrix), c(p, p.c);
-  cublasLtHandle_t handle;
-  cublasLtMatmulAlgo_t algorithm;
-  {
-    const std::lock_guard lock(state().mutex);
-    cublasLtHandle_t& made = state().handles[device];
-    if (!made) check(p, library().Create(&made), "cublasLtCreate");
-    handle = made;
-    const Key key = key_of(p, device);
-    auto found = state().algorithms.find(key);
-    if (found == state().algorithms.end()) {
-      const Preference preference(p);
-      cublasLtMatmulHeuristicResult_t result;
-      int count = 0;
-      check(p,
-            library().MatmulAlgoGetHeuristic(handle, description.handle, b.handle, a.handle, c.handle, c.handle,
-                                             preference.handle, 1, &result, &count),
-            "cublasLtMatmulAlgoGetHeuristic");
-      if (count == 0) fail(p, "cuBLASLt has no algorithm");
-      found = state().algorithms.emplace(key, result.algo).first;
+// One product as cuBLASLt is called with it.
+class Call {
+ public:
+  Call(const Product& p, int device, cudaStream_t stream)
+      : p_(p), device_(device), stream_(stream), description_(p), a_(p, p.a.matrix), b_(p, p.b.matrix), c_(p, p.c) {}
+
+  // False where cuBLASLt has no algorithm.
+  bool run() {
+    const std::optional<Algorithm> algorithm = find();
+    if (!algorithm) return false;
+    const Status status = run(*algorithm);
+    if (status == kNotSupported && p_.epilogue != Epilogue::none) {
+      const std::lock_guard lock(state().mutex);
+      state().algorithms[key_of(p_, device_)].reset();
+      return false;
     }
-    algorithm = found->second;
+    check(p_, status, "cublasLtMatmul");
+    return true;
   }
-  const float one = 1, beta = p.accumulate ? 1 : 0;
-  check(p,
-        library().Matmul(handle, description.handle, &one, p.b.matrix.data, b.handle, p.a.matrix.data, a.handle, &beta,
-                         p.c.data, c.handle, p.c.data, c.handle, &algorithm, p.workspace, size_t(p.workspace_bytes),
-                         stream),
-        "cublasLtMatmul");
+
+ private:
+  Status run(const Algorithm& algorithm) const {
+    const float one = 1, beta = p_.accumulate ? 1 : 0;
+    return library().Matmul(handle_, description_.handle, &one, p_.b.matrix.data, b_.handle, p_.a.matrix.data,
+                            a_.handle, &beta, p_.c.data, c_.handle, p_.c.data, c_.handle, &algorithm, p_.workspace,
+                            size_t(p_.workspace_bytes), stream_);
+  }
+
+  std::optional<Algorithm> find() {
+    const std::lock_guard lock(state().mutex);
+    Handle& handle = state().handles[device_];
+    if (!handle) check(p_, library().Create(&handle), "cublasLtCreate");
+    handle_ = handle;
+    const Key key = key_of(p_, device_);
+    if (const auto found = state().algorithms.find(key); found != state().algorithms.end()) return found->second;
+    const bool tunes = asked_to_tune() && !p_.accumulate;  // c must not change but once
+    if (tunes && capturing()) return choose(false);        // measured when it next runs for itself
+    return state().algorithms.emplace(key, choose(tunes)).first->second;
+  }
+
+  std::optional<Algorithm> choose(bool measured) const {
+    constexpr int kCandidates = 8;
+    const PreferenceOf preference(p_);
+    std::array<HeuristicResult, kCandidates> results;
+    int count = 0;
+    const Status status =
+        library().MatmulAlgoGetHeuristic(handle_, description_.handle, b_.handle, a_.handle, c_.handle, c_.handle,
+                                         preference.handle, measured ? kCandidates : 1, results.data(), &count);
+    if (status == kNotSupported) return {};
+    check(p_, status, "cublasLtMatmulAlgoGetHeuristic");
+    std::optional<Algorithm> best;
+    float best_time = 0;
+    for (int i = 0; i < count; ++i) {
+      if (results[size_t(i)].state != kSuccess) continue;
+      const Algorithm& algorithm = results[size_t(i)].algorithm;
+      if (!measured) return algorithm;
+      const float time = time_of(algorithm);
+      if (time >= 0 && (!best || time < best_time)) best = algorithm, best_time = time;
+    }
+    return best;
+  }
+
+  static bool asked_to_tune() {
+    static const char* wanted = std::getenv("FLEXDIT_TUNE");
+    return wanted && std::strcmp(wanted, "1") == 0;
+  }
+  bool capturing() const {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    check(p_, cudaStreamIsCapturing(stream_, &status));
+    return status != cudaStreamCaptureStatusNone;
+  }
+  // Milliseconds of a few runs after one to warm up; negative where it does not run.
+  float time_of(const Algorithm& algorithm) const {
+    constexpr int kRuns = 10;
+    if (run(algorithm) != kSuccess) return -1;
+    cudaEvent_t begin, end;
+    float time = 0;
+    check(p_, cudaEventCreate(&begin));
+    check(p_, cudaEventCreate(&end));
+    check(p_, cudaEventRecord(begin, stream_));
+    for (int i = 0; i < kRuns; ++i) check(p_, run(algorithm), "cublasLtMatmul");
+    check(p_, cudaEventRecord(end, stream_));
+    check(p_, cudaEventSynchronize(end));
+    check(p_, cudaEventElapsedTime(&time, begin, end));
+    cudaEventDestroy(begin);
+    cudaEventDestroy(end);
+    return time;
+  }
+
+  const Product& p_;
+  int device_;
+  cudaStream_t stream_;
+  Handle handle_ = nullptr;
+  Description description_;
+  LayoutOf a_, b_, c_;
+};
+
+// What NVIDIA demands of the matrix before GELU; the rest its heuristic decides.
+bool fits_epilogue(const Matrix& aux) {
+  return !aux || (reinterpret_cast<uintptr_t>(aux.data) % 16 == 0 && leading_dimension(aux) % 8 == 0);
+}
+
+// The product, then its epilogue.
+void run_unfused(const Product& p, const Execution& exec) {
+  Product plain = p;
+  plain.epilogue = Epilogue::none, plain.aux = {};
+  if (p.epilogue == Epilogue::gelu && p.aux) plain.c = p.aux;
+  if (!Call(plain, exec.device_index, static_cast<cudaStream_t>(exec.stream)).run())
+    fail(p, "cuBLASLt has no algorithm for this product");
+  if (p.epilogue == Epilogue::gelu) cuda::gelu({.x = plain.c, .y = p.c}, exec);
+  if (p.epilogue == Epilogue::gelu_gradient)
+    cuda::gelu_backward({.x = p.aux, .grad_y = p.c, .y = {}, .grad_x = p.c}, exec);
 }
 
 void multiply(const Product& p, const Execution& exec) {
   if (p.c.rows == 0 || p.c.cols == 0) return;
   if (!library().error.empty()) fail(p, library().error);
-  const auto stream = static_cast<cudaStream_t>(exec.stream);
   int before = 0;
   check(p, cudaGetDevice(&before));
   struct Restore {  // whatever is thrown
@@ -225,10 +322,15 @@ void multiply(const Product& p, const Execution& exec) {
     ~Restore() { cudaSetDevice(device); }
   } const restore{before};
   check(p, cudaSetDevice(exec.device_index));
-  if (p.depth() > 0) return run(p, exec.device_index, stream);
-  if (p.accumulate) return;
-  const auto bytes = [&](int64_t values) { return static_cast<size_t>(values * size_of(p.c.dtype)); };
-  check(p, cudaMemset2DAsync(p.c.data, bytes(p.c.stride), 0, bytes(p.c.cols), size_t(p.c.rows), stream));
+  const auto stream = static_cast<cudaStream_t>(exec.stream);
+  if (p.depth() == 0) {  // a sum over no rows, which cuBLASLt does not take
+    const auto bytes = [&](int64_t values) { return static_cast<size_t>(values * size_of(p.c.dtype)); };
+    if (!p.accumulate)
+      check(p, cudaMemset2DAsync(p.c.data, bytes(p.c.stride), 0, bytes(p.c.cols), size_t(p.c.rows), stream));
+    return;
+  }
+  const bool fused = p.epilogue != Epilogue::none && fits_epilogue(p.aux);
+  if (!fused || !Call(p, exec.device_index, stream).run()) run_unfused(p, exec);
 }
 
 }  // namespace
@@ -239,7 +341,8 @@ void linear(const Linear& p, const Execution& exec) {
             .b = {p.weight, true},
             .c = p.y,
             .bias = p.bias,
-            .gelu = p.activation == Activation::gelu_tanh},
+            .aux = p.pre_activation,
+            .epilogue = p.activation == Activation::gelu_tanh ? Epilogue::gelu : Epilogue::none},
            exec);
 }
 
@@ -252,6 +355,8 @@ void linear_backward(const LinearBackward& p, const Execution& exec) {
               .a = {p.grad_y},
               .b = {p.weight},
               .c = p.grad_x,
+              .aux = p.gelu_input,
+              .epilogue = p.gelu_input ? Epilogue::gelu_gradient : Epilogue::none,
               .accumulate = p.accumulate_grad_x,
               .workspace = workspace,
               .workspace_bytes = bytes},
@@ -268,22 +373,3 @@ void linear_backward(const LinearBackward& p, const Execution& exec) {
 }
 
 }  // namespace flexdit::cuda
-
-#else
-
-namespace flexdit::cuda {
-namespace {
-
-[[noreturn]] void no_header(const char* op) {
-  throw DeviceError(std::string(op) + ": this build of flexdit found no cublasLt.h. Install it with pip install " +
-                    "nvidia-cublas (or the CUDA toolkit's libcublas-dev) and build flexdit again");
-}
-
-}  // namespace
-
-void linear(const Linear&, const Execution&) { no_header("linear"); }
-void linear_backward(const LinearBackward&, const Execution&) { no_header("linear_backward"); }
-
-}  // namespace flexdit::cuda
-
-#endif

@@ -44,16 +44,22 @@ void multiply(const Operand& a, const Operand& b, const Matrix& bias, const Matr
 }  // namespace
 
 void linear(const Linear& p, const Execution& exec) {
-  with_type(p.x.dtype, [&](auto tag) { multiply<decltype(tag)>({p.x}, {p.weight, true}, p.bias, p.y, false); });
-  if (p.activation == Activation::gelu_tanh) cuda::gelu({.x = p.y, .y = p.y}, exec);
+  const Matrix product = p.pre_activation ? p.pre_activation : p.y;
+  with_type(p.x.dtype, [&](auto tag) {
+    emulator::submit([=] { multiply<decltype(tag)>({p.x}, {p.weight, true}, p.bias, product, false); });
+  });
+  if (p.activation == Activation::gelu_tanh) cuda::gelu({.x = product, .y = p.y}, exec);
 }
 
 void linear_backward(const LinearBackward& p, const Execution& exec) {
   with_type(p.x.dtype, [&](auto tag) {
-    using T = decltype(tag);
-    if (p.grad_x) multiply<T>({p.grad_y}, {p.weight}, {}, p.grad_x, p.accumulate_grad_x);
-    if (p.grad_weight) multiply<T>({p.grad_y, true}, {p.x}, {}, p.grad_weight, false);
+    emulator::submit([=] {
+      using T = decltype(tag);
+      if (p.grad_x) multiply<T>({p.grad_y}, {p.weight}, {}, p.grad_x, p.accumulate_grad_x);
+      if (p.grad_weight) multiply<T>({p.grad_y, true}, {p.x}, {}, p.grad_weight, false);
+    });
   });
+  if (p.gelu_input) cuda::gelu_backward({.x = p.gelu_input, .grad_y = p.grad_x, .y = {}, .grad_x = p.grad_x}, exec);
   if (p.grad_bias) column_sums(bias_gradient(p), exec);
 }
 

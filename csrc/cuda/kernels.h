@@ -36,6 +36,12 @@ void unpatchify(const Patches& p, const Execution& exec);
 void timestep_embedding(const TimestepEmbedding& p, const Execution& exec);
 void label_embedding(const LabelEmbedding& p, const Execution& exec);  // a label outside the table: its row is NaN
 void label_embedding_backward(const LabelEmbeddingBackward& p, const Execution& exec);
+void normal_noise(const NormalNoise& p, const Execution& exec);
+// What refers to a sample, a channel or a step that does not exist, or to a sample with other tokens, becomes NaN.
+void denoise_step(const DenoiseStep& p, const Execution& exec);
+void model_input(const ModelInput& p, const Execution& exec);
+void guidance_combine(const GuidanceCombine& p, const Execution& exec);
+void gather_rows(const GatherRows& p, const Execution& exec);
 // A timestep outside the schedule takes the first or the last segment, NaN the first.
 void select_tokens(const SelectTokens& p, const Execution& exec);
 

@@ -1,5 +1,5 @@
 // Sparse-dense token exchange: adaptive pooling down, nearest gather up, and the fixed position table.
-// Pooling, its backward and the gather's backward are one kernel: each row is a weighted sum over a box of tokens.
+// In pooling, its backward and the gather's backward each row is a weighted sum over a box of tokens.
 #include "cuda/rows.h"
 
 namespace flexdit::cuda {
@@ -73,12 +73,10 @@ struct GatherBackward {  // dense tokens to the sparse row that they were gather
   __device__ __forceinline__ static float weight(const Box&, const Grid&, const Grid&, const Index&) { return 1.f; }
 };
 
-struct BoxSums {
+struct Boxes {
   TokenLayout dense, sparse;
   Matrix in;
   PositionTable position;  // added to each token of `in`, or empty
-  Matrix out;
-  bool accumulate;
 };
 
 template <class T, int V>
@@ -90,18 +88,14 @@ __device__ __forceinline__ void add_row(float* sums, const T* p, float weight, i
   });
 }
 
+// A thread's share of the sum over the box of row r.
 template <class T, int V, class Kind>
-__global__ void __launch_bounds__(kRowThreads, 3) box_sums_kernel(BoxSums p) {
-  const int64_t r = row_of_thread<V>();
-  const int cols = int(p.out.cols);
+__device__ __forceinline__ void add_box(float* sums, const Boxes& p, int64_t sample, int64_t r, int cols) {
   const TokenLayout &to = Kind::kToDense ? p.dense : p.sparse, &from = Kind::kToDense ? p.sparse : p.dense;
-  if (r >= p.out.rows) return;
-  if (r >= to.total()) return write_zeros<T, V>(row<T>(p.out, r), cols);
-  const int64_t sample = to.sample_of(r), begin = from.offset(sample);
+  const int64_t begin = from.offset(sample);
   const Grid dense = p.dense.grid(sample), sparse = p.sparse.grid(sample);
   const Index at = index_of(Kind::kToDense ? dense : sparse, int(r - to.offset(sample)));
   const Box box = box_of(at, dense, sparse, typename Kind::Ranges());
-  float sums[kLaneValues<V>] = {};
   for (int frame = box.frame.begin; frame < box.frame.end; ++frame)
     for (int y = box.y.begin; y < box.y.end; ++y)
       for (int x = box.x.begin; x < box.x.end; ++x) {
@@ -111,25 +105,51 @@ __global__ void __launch_bounds__(kRowThreads, 3) box_sums_kernel(BoxSums p) {
         if (p.position.rows.data)
           add_row<T, V>(sums, row<T>(p.position.rows, p.position.first(sample) + token), weight, cols);
       }
-  T* out = row<T>(p.out, r);
+}
+
+struct PooledRows {
+  Boxes boxes;
+  template <class T, int V>
+  __device__ __forceinline__ Row<T, V> row_at(const TokenLayout&, int64_t sample, int64_t r, int cols) const {
+    float sums[kLaneValues<V>] = {};
+    add_box<T, V, Pooling>(sums, boxes, sample, r, cols);
+    Row<T, V> out;
+    for_vectors<V>(cols, [&](int k, int) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) out.part[k].set(i, sums[k * V + i]);
+    });
+    return out;
+  }
+};
+
+template <class T, int V, class Kind>
+__global__ void __launch_bounds__(kRowThreads, 3) box_sums_kernel(Boxes p, Matrix to, bool accumulate) {
+  const int64_t r = row_of_thread<V>();
+  const int cols = int(to.cols);
+  const TokenLayout& layout = Kind::kToDense ? p.dense : p.sparse;
+  if (r >= to.rows) return;
+  if (r >= layout.total()) return write_zeros<T, V>(row<T>(to, r), cols);
+  float sums[kLaneValues<V>] = {};
+  add_box<T, V, Kind>(sums, p, layout.sample_of(r), r, cols);
+  T* out = row<T>(to, r);
   for_vectors<V>(cols, [&](int k, int column) {
     Vector<T, V> value;
-    if (p.accumulate) value = load<V>(out + column);
+    if (accumulate) value = load<V>(out + column);
 #pragma unroll
-    for (int i = 0; i < V; ++i) value.set(i, (p.accumulate ? value[i] : 0.f) + sums[k * V + i]);
+    for (int i = 0; i < V; ++i) value.set(i, (accumulate ? value[i] : 0.f) + sums[k * V + i]);
     store(out + column, value);
   });
 }
 
 template <class Kind>
-void launch_box_sums(const char* name, const BoxSums& p, const Execution& exec) {
+void launch_box_sums(const char* name, const Boxes& p, const Matrix& out, bool accumulate, const Execution& exec) {
   with_vector(
-      p.out.dtype, p.out.cols,
+      out.dtype, out.cols,
       [&](auto tag, auto vector) {
-        launch({name, p.out.rows, p.out.cols}, box_sums_kernel<decltype(tag), vector(), Kind>,
-               row_blocks<vector()>(p.out.rows), kRowThreads, 0, exec, p);
+        launch({name, out.rows, out.cols}, box_sums_kernel<decltype(tag), vector(), Kind>,
+               row_blocks<vector()>(out.rows), kRowThreads, 0, exec, p, out, accumulate);
       },
-      p.in, p.position.rows, p.out);
+      p.in, out);
 }
 
 template <class T, int V>
@@ -178,12 +198,13 @@ struct PositionedRows {
 }  // namespace
 
 void pool_tokens(const PoolTokens& p, const Execution& exec) {
-  launch_box_sums<Pooling>("pool_tokens", {p.layout, p.sparse_layout, p.x, p.position, p.out, false}, exec);
+  launch_rows("pool_tokens", p.sparse_layout, PooledRows{{p.layout, p.sparse_layout, p.x, p.position}}, p.out,
+              Norm{p.shift, p.scale, p.normed, float(p.eps)}, exec, p.x, p.position.rows);
 }
 
 void pool_tokens_backward(const PoolTokensBackward& p, const Execution& exec) {
-  launch_box_sums<PoolingBackward>("pool_tokens_backward",
-                                   {p.layout, p.sparse_layout, p.grad_out, {}, p.grad_x, p.accumulate}, exec);
+  launch_box_sums<PoolingBackward>("pool_tokens_backward", {p.layout, p.sparse_layout, p.grad_out, {}}, p.grad_x,
+                                   p.accumulate, exec);
 }
 
 void gather_sparse(const GatherSparse& p, const Execution& exec) {
@@ -192,8 +213,8 @@ void gather_sparse(const GatherSparse& p, const Execution& exec) {
 }
 
 void gather_sparse_backward(const GatherSparseBackward& p, const Execution& exec) {
-  launch_box_sums<GatherBackward>("gather_sparse_backward",
-                                  {p.layout, p.sparse_layout, p.grad_out, {}, p.grad_s, false}, exec);
+  launch_box_sums<GatherBackward>("gather_sparse_backward", {p.layout, p.sparse_layout, p.grad_out, {}}, p.grad_s,
+                                  false, exec);
 }
 
 void add_position(const AddPosition& p, const Execution& exec) {

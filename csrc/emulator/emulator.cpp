@@ -379,6 +379,18 @@ void run(const Configuration& configuration, const std::function<void()>& body) 
       }
 }
 
+namespace {
+thread_local std::vector<std::function<void()>>* recorded = nullptr;
+}  // namespace
+
+void record(std::vector<std::function<void()>>* list) { recorded = list; }
+void submit(std::function<void()> work) {
+  if (recorded)
+    recorded->push_back(std::move(work));
+  else
+    work();
+}
+
 void fail(const std::string& message) { fail_at(*machine.current, message); }
 
 unsigned lane_id() { return machine.current->lane; }

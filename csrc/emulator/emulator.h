@@ -21,6 +21,7 @@
 #include <functional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -53,6 +54,10 @@ struct Configuration {
 const char* launch_error(const Configuration& configuration);
 // Runs body once per thread.
 void run(const Configuration& configuration, const std::function<void()>& body);
+
+// Work on the stream: done at once, or, while the calling host thread records, kept in the list for later.
+void submit(std::function<void()> work);
+void record(std::vector<std::function<void()>>* list);  // null: no longer
 
 constexpr size_t kMaxLaneBytes = 128;
 constexpr uint32_t kFullMask = 0xffffffffu;
@@ -130,6 +135,10 @@ inline void __threadfence() {}
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float x, float y) { return x / y; }
+inline void sincospif(float x, float* sine, float* cosine) {
+  *sine = static_cast<float>(std::sin(3.14159265358979323846 * x));
+  *cosine = static_cast<float>(std::cos(3.14159265358979323846 * x));
+}
 template <class To, class From>
 To emulated_bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From));

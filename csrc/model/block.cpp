@@ -21,16 +21,17 @@ bool is_cross(BlockKind kind) { return kind == BlockKind::generation || kind == 
 // A linear layer's weight and bias, or their gradients.
 struct Layer {
   Matrix weight, bias;
+  const PackedWeight* packed = nullptr;
 };
 
 // A block's parameters by role; the order is block_parameters'.
 struct Roles {
   Layer modulation, v, q, kv, qkv, proj, fc1, fc2, from_sparse, from_dense;
 
-  Roles(BlockKind kind, std::span<const Matrix> list) {
+  Roles(BlockKind kind, std::span<const Matrix> list, std::span<const PackedWeight* const> packed = {}) {
     size_t next = 0;
     const auto take = [&](Layer& layer) {
-      layer = {list[next], list[next + 1]};
+      layer = {list[next], list[next + 1], packed.empty() ? nullptr : packed[next]};
       next += 2;
     };
     take(modulation);
@@ -127,7 +128,13 @@ Workspace plan_workspace(const BlockShape& s, bool keeps_context, Arena& arena) 
 
 void apply(const Layer& layer, const Matrix& x, const Matrix& y, const Execution& exec,
            Activation activation = Activation::none) {
-  linear({.x = x, .weight = layer.weight, .bias = layer.bias, .y = y, .activation = activation}, exec);
+  linear({.x = x,
+          .weight = layer.weight,
+          .bias = layer.bias,
+          .y = y,
+          .packed = layer.packed,
+          .activation = activation},
+         exec);
 }
 
 Attention attention_of(const BlockForward& p, const Context& k) {
@@ -168,6 +175,7 @@ void forward_attention(const BlockForward& p, const Roles& w, const Context& k, 
                     .mean = k.pooled,
                     .workspace = ws.statistics},
                    exec);
+    if (p.prepared.folded_weight) return apply({p.prepared.folded_weight, p.prepared.folded_bias}, k.pooled, k.y1, exec);
     apply(w.v, k.pooled, k.v, exec);
     apply(w.proj, k.v, k.y1, exec);
     return;
@@ -185,15 +193,17 @@ void forward_attention(const BlockForward& p, const Roles& w, const Context& k, 
                    .scale = part(k.modulation, kScale1),
                    .normed = ws.n},
                   exec);
-  } else {
+  } else if (!p.prepared.normed_x) {
     normalize(p.x, p.layout, k.modulation, kShift1, ws.n, exec);
   }
+  const Matrix& n = p.prepared.normed_x ? p.prepared.normed_x : ws.n;
   if (is_cross(kind)) {
-    normalize(p.other, p.other_layout, k.modulation, kShift1, ws.n_other, exec);
-    apply(w.q, ws.n, k.q, exec);
-    apply(w.kv, ws.n_other, k.kv, exec);
+    const Matrix& n_other = p.prepared.normed_other ? p.prepared.normed_other : ws.n_other;
+    if (!p.prepared.normed_other) normalize(p.other, p.other_layout, k.modulation, kShift1, n_other, exec);
+    apply(w.q, n, k.q, exec);
+    apply(w.kv, n_other, k.kv, exec);
   } else {
-    apply(w.qkv, ws.n, k.qkv, exec);
+    apply(w.qkv, n, k.qkv, exec);
   }
   attention(attention_of(p, k), exec);
   apply(w.proj, k.attended, k.y1, exec);
@@ -201,9 +211,18 @@ void forward_attention(const BlockForward& p, const Roles& w, const Context& k, 
 
 void check_lists(const BlockForward& p) {
   const size_t wanted = block_parameters(p.shape.kind, p.shape.hidden, p.shape.mlp_hidden).size();
-  if (p.parameters.size() != wanted)
-    throw ArgumentError(std::string(name_of(p.shape.kind)) + " block: parameters holds " +
-                        std::to_string(p.parameters.size()) + " tensors, must hold " + std::to_string(wanted));
+  const auto require = [&](bool holds, const std::string& message) {
+    if (!holds) throw ArgumentError(std::string(name_of(p.shape.kind)) + " block: " + message);
+  };
+  require(p.parameters.size() == wanted, "parameters holds " + std::to_string(p.parameters.size()) +
+                                             " tensors, must hold " + std::to_string(wanted));
+  const BlockPrepared& prepared = p.prepared;
+  require(prepared.packed.empty() || prepared.packed.size() == wanted, "prepared.packed must be as long as parameters");
+  const bool any = prepared.modulation || prepared.folded_weight || prepared.normed_x || prepared.normed_other ||
+                   prepared.next.normed;
+  require(!any || !p.context, "prepared is for inference, a context keeps what backward needs");
+  require(!prepared.normed_x || p.shape.kind == BlockKind::dense || p.shape.kind == BlockKind::generation,
+          "prepared.normed_x is not what this block begins with");
 }
 
 struct BackwardWorkspace {
@@ -285,9 +304,16 @@ void backward_mlp(const BlockBackward& p, const Roles& w, const Roles& grad, con
                            .grad_y = ws.grad_y,
                            .grad_gate = part(ws.grad_modulation, kGate2)},
                           exec);
-  apply_backward(w.fc2, {}, ws.act, ws.grad_y, ws.grad_h, ws.linear, exec);
-  gelu_backward({.x = k.h, .grad_y = ws.grad_h, .y = ws.act, .grad_x = ws.grad_h}, exec);
-  apply_backward(w.fc2, grad.fc2, ws.act, ws.grad_y, {}, ws.linear, exec);
+  gelu({.x = k.h, .y = ws.act}, exec);
+  linear_backward({.x = ws.act,
+                   .weight = w.fc2.weight,
+                   .grad_y = ws.grad_y,
+                   .grad_x = ws.grad_h,
+                   .grad_weight = grad.fc2.weight,
+                   .grad_bias = grad.fc2.bias,
+                   .gelu_input = k.h,
+                   .workspace = ws.linear},
+                  exec);
   normalize(k.x1, p.layout, k.modulation, kShift2, ws.n, exec);
   apply_backward(w.fc1, grad.fc1, ws.n, ws.grad_h, ws.grad_n, ws.linear, exec);
   backward_normalize(k.x1, p.layout, k, ws, kShift2, ws.grad_n, p.grad_out, p.grad_x, false, exec);
@@ -415,14 +441,18 @@ int64_t block_backward_workspace_bytes(const BlockShape& shape) {
 
 void block_forward(const BlockForward& p, const Execution& exec) {
   check_lists(p);
-  const Roles w(p.shape.kind, p.parameters);
+  const Roles w(p.shape.kind, p.parameters, p.prepared.packed);
   Arena context_arena(p.context), arena(p.workspace);
   const bool keeps_context = p.context != nullptr;
-  const Context k = keeps_context ? plan_context(p.shape, context_arena) : plan_inference(p.shape, p.out, arena);
+  Context k = keeps_context ? plan_context(p.shape, context_arena) : plan_inference(p.shape, p.out, arena);
   const Workspace ws = plan_workspace(p.shape, keeps_context, arena);
 
-  silu({.x = p.condition, .y = ws.silu}, exec);
-  apply(w.modulation, ws.silu, k.modulation, exec);
+  if (p.prepared.modulation) {
+    k.modulation = p.prepared.modulation;
+  } else {
+    silu({.x = p.condition, .y = ws.silu}, exec);
+    apply(w.modulation, ws.silu, k.modulation, exec);
+  }
   forward_attention(p, w, k, ws, exec);
   gated_residual({.x = base_of(p, k),
                   .y = k.y1,
@@ -435,14 +465,27 @@ void block_forward(const BlockForward& p, const Execution& exec) {
                   .y_per_sample = p.shape.kind == BlockKind::pooling},
                  exec);
   if (keeps_context) {
-    apply(w.fc1, ws.n, k.h, exec);
-    gelu({.x = k.h, .y = ws.act}, exec);
+    linear({.x = ws.n,
+            .weight = w.fc1.weight,
+            .bias = w.fc1.bias,
+            .y = ws.act,
+            .activation = Activation::gelu_tanh,
+            .pre_activation = k.h},
+           exec);
     apply(w.fc2, ws.act, k.y2, exec);
   } else {
     apply(w.fc1, ws.n, k.h, exec, Activation::gelu_tanh);
     apply(w.fc2, k.h, k.y2, exec);
   }
-  gated_residual({.x = k.x1, .y = k.y2, .gate = part(k.modulation, kGate2), .layout = p.layout, .out = p.out}, exec);
+  gated_residual({.x = k.x1,
+                  .y = k.y2,
+                  .gate = part(k.modulation, kGate2),
+                  .layout = p.layout,
+                  .out = p.out,
+                  .shift = p.prepared.next.shift,
+                  .scale = p.prepared.next.scale,
+                  .normed = p.prepared.next.normed},
+                 exec);
 }
 
 void block_backward(const BlockBackward& p, const Execution& exec) {

@@ -32,17 +32,20 @@ FinalWorkspace plan_final(int64_t batch, int64_t rows, int64_t c, int64_t patch_
 FinalWorkspace plan_final(const FinalLayerForward& p) {
   require(p.parameters.size() == 4, "final layer: parameters must hold 4 tensors");
   Arena arena(p.workspace);
-  return plan_final(p.condition.rows, p.x.rows, p.x.cols, p.parameters[2].rows, p.x.dtype, arena);
+  return plan_final(p.layout.batch, p.x.rows, p.x.cols, p.parameters[2].rows, p.x.dtype, arena);
 }
 
 // Modulation and modulated layer norm, in forward and again in backward.
 void normalize_final(const FinalLayerForward& p, const FinalWorkspace& w, const Execution& exec) {
   const int64_t c = p.x.cols;
-  silu({.x = p.condition, .y = w.silu}, exec);
-  linear({.x = w.silu, .weight = p.parameters[0], .bias = p.parameters[1], .y = w.modulation}, exec);
+  const Matrix modulation = p.modulation ? p.modulation : w.modulation;
+  if (!p.modulation) {
+    silu({.x = p.condition, .y = w.silu}, exec);
+    linear({.x = w.silu, .weight = p.parameters[0], .bias = p.parameters[1], .y = w.modulation}, exec);
+  }
   modulated_layer_norm({.x = p.x,
-                        .shift = w.modulation.columns(0, c),
-                        .scale = w.modulation.columns(c, c),
+                        .shift = modulation.columns(0, c),
+                        .scale = modulation.columns(c, c),
                         .layout = p.layout,
                         .y = w.n},
                        exec);
@@ -82,8 +85,8 @@ int64_t final_layer_workspace_bytes(int64_t batch, int64_t rows, int64_t hidden,
 
 void final_layer_forward(const FinalLayerForward& p, const Execution& exec) {
   const FinalWorkspace w = plan_final(p);
-  normalize_final(p, w, exec);
-  linear({.x = w.n, .weight = p.parameters[2], .bias = p.parameters[3], .y = p.out}, exec);
+  if (!p.normed) normalize_final(p, w, exec);
+  linear({.x = p.normed ? p.normed : w.n, .weight = p.parameters[2], .bias = p.parameters[3], .y = p.out}, exec);
 }
 
 void final_layer_backward(const FinalLayerBackward& p, const Execution& exec) {

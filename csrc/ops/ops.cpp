@@ -1,10 +1,7 @@
-// Every operation: check the views, then switch to the device. Checks read layout tables, labels and timesteps on the
-// CPU only; on a GPU they lie in its memory.
+// Every operation but those of sampling.cpp: check the views, then switch to the device.
 #include "flexdit/ops.h"
 
-#include <string>
-
-#include "ops/device.h"
+#include "ops/checker.h"
 
 namespace flexdit {
 
@@ -24,77 +21,6 @@ const char* name_of(DType dtype) {
 
 namespace {
 
-std::string shape_text(int64_t rows, int64_t cols) {
-  return "[" + std::to_string(rows) + ", " + std::to_string(cols) + "]";
-}
-
-// Checks the fields of one operation; the first one fixes the dtype that all must have.
-class Checker {
- public:
-  Checker(const char* op, const Execution& exec) : op_(op), on_cpu_(exec.device == Device::cpu) {
-    holds(
-        on_cpu_ || kHasCuda,
-        "this build of flexdit has no CUDA backend: build it where nvcc is found, or with FLEXDIT_CUDA=ON to see why");
-  }
-  bool on_cpu() const { return on_cpu_; }
-
-  // The rows that a layout packs. Only the device may read a table that lies there: then `first`, one of the views
-  // with these rows, says how many there can be.
-  int64_t rows(const TokenLayout& layout, const Matrix& first) const { return on_cpu_ ? layout.total() : first.rows; }
-
-  void matrix(const char* field, const Matrix& m, int64_t rows, int64_t cols) { view(field, m, rows, cols, false); }
-  // At least `rows` rows: buffers of packed tokens may have spare ones at the end.
-  void tokens(const char* field, const Matrix& m, int64_t rows, int64_t cols) { view(field, m, rows, cols, true); }
-  void optional(const char* field, const Matrix& m, int64_t rows, int64_t cols) {
-    if (m) matrix(field, m, rows, cols);
-  }
-  void holds(bool condition, const std::string& message) const {
-    if (!condition) throw ArgumentError(std::string(op_) + ": " + message);
-  }
-  void accumulation(const char* field, const Matrix& m, int64_t rows, int64_t cols) {
-    holds(m.dtype == accumulation_type(dtype_),
-          std::string(field) + " is " + name_of(m.dtype) + ", must be " + name_of(accumulation_type(dtype_)));
-    holds(m.rows >= rows && m.cols == cols,
-          std::string(field) + " is " + shape_text(m.rows, m.cols) + ", must be " + shape_text(rows, cols));
-  }
-  void layout(const char* field, const TokenLayout& layout, int64_t batch) const {
-    holds(layout.table != nullptr, std::string(field) + " is missing");
-    holds(layout.batch == batch,
-          std::string(field) + " has " + std::to_string(layout.batch) + " samples, must have " + std::to_string(batch));
-  }
-  // A token is kept in a warp's registers there.
-  void columns(int64_t cols) const {
-    holds(on_cpu_ || cols <= cuda::kMaxColumns, "rows have " + std::to_string(cols) +
-                                                    " columns, the CUDA backend takes at most " +
-                                                    std::to_string(cuda::kMaxColumns));
-  }
-  void nonzero(const char* field, const void* pointer) const {
-    holds(pointer != nullptr, std::string(field) + " is missing");
-  }
-
- private:
-  void view(const char* field, const Matrix& m, int64_t rows, int64_t cols, bool spare) {
-    holds(m.data || rows == 0 || cols == 0, std::string(field) + " is missing");
-    holds((spare ? m.rows >= rows : m.rows == rows) && m.cols == cols,
-          std::string(field) + " is " + shape_text(m.rows, m.cols) + ", must be " + (spare ? "at least " : "") +
-              shape_text(rows, cols));
-    holds(m.rows <= 1 || m.stride >= cols, std::string(field) + " has rows that overlap: stride " +
-                                               std::to_string(m.stride) + " for " + std::to_string(cols) + " columns");
-    if (typed_)
-      holds(m.dtype == dtype_, std::string(field) + " is " + name_of(m.dtype) + ", must be " + name_of(dtype_));
-    typed_ = true;
-    dtype_ = m.dtype;
-    const DType refused = on_cpu_ ? DType::float16 : DType::float64;
-    holds(dtype_ != refused, std::string(field) + " is " + name_of(refused) + ", which the " +
-                                 (on_cpu_ ? "CPU" : "CUDA") + " backend does not compute with");
-  }
-
-  const char* op_;
-  bool on_cpu_;
-  bool typed_ = false;
-  DType dtype_ = DType::float32;
-};
-
 void check_norm_fields(Checker& check, const Matrix& shift, const Matrix& scale, const Matrix& normed, int64_t batch,
                        int64_t rows, int64_t cols) {
   if (!shift && !scale && !normed) return;
@@ -103,7 +29,8 @@ void check_norm_fields(Checker& check, const Matrix& shift, const Matrix& scale,
   check.tokens("normed", normed, rows, cols);
 }
 
-void check_exchange(Checker& check, const TokenLayout& dense, const TokenLayout& sparse, const PositionTable& position) {
+void check_exchange(Checker& check, const TokenLayout& dense, const TokenLayout& sparse,
+                    const PositionTable& position) {
   check.layout("layout", dense, dense.batch);
   check.layout("sparse_layout", sparse, dense.batch);
   for (int64_t b = 0; check.on_cpu() && b < dense.batch; ++b) {
@@ -118,12 +45,18 @@ void check_exchange(Checker& check, const TokenLayout& dense, const TokenLayout&
   }
 }
 
-// Linear layers are oneDNN's, but for float64, which it does not have.
+// Linear layers are oneDNN's, but for float64, which it does not have. What must be kept before GELU, or taken through
+// its derivative, is a pass of its own.
 void linear_on_cpu(const Linear& p, int threads) {
-  (p.x.dtype == DType::float64 ? cpu::kernels().linear_float64 : cpu::linear)(p, threads);
+  Linear product = p;
+  if (p.pre_activation) product.y = p.pre_activation, product.activation = Activation::none;
+  (p.x.dtype == DType::float64 ? cpu::kernels().linear_float64 : cpu::linear)(product, threads);
+  if (p.pre_activation) cpu::kernels().gelu({.x = p.pre_activation, .y = p.y}, threads);
 }
 void linear_backward_on_cpu(const LinearBackward& p, int threads) {
   (p.x.dtype == DType::float64 ? cpu::kernels().linear_float64_backward : cpu::linear_backward)(p, threads);
+  if (p.gelu_input)
+    cpu::kernels().gelu_backward({.x = p.gelu_input, .grad_y = p.grad_x, .y = {}, .grad_x = p.grad_x}, threads);
 }
 
 void select_tokens_on_cpu(const SelectTokens& p, int) {
@@ -143,10 +76,24 @@ int64_t row_statistics_workspace(DType dtype, int64_t rows) { return 2 * rows * 
 void linear(const Linear& p, const Execution& exec) {
   Checker check("linear", exec);
   check.matrix("x", p.x, p.x.rows, p.x.cols);
-  check.matrix("weight", p.weight, p.weight.rows, p.x.cols);
+  Matrix weight = p.weight;
+  if (p.packed) weight.data = p.x.data;  // its own is not read, and may be gone
+  check.matrix("weight", weight, p.weight.rows, p.x.cols);
   check.optional("bias", p.bias, 1, p.weight.rows);
   check.matrix("y", p.y, p.x.rows, p.weight.rows);
+  check.holds(p.weight.rows >= 1 && p.weight.cols >= 1,
+              "weight is " + shape_text(p.weight.rows, p.weight.cols) + ", must have at least one row and one column");
+  check.optional("pre_activation", p.pre_activation, p.x.rows, p.weight.rows);
+  check.holds(!p.pre_activation || p.activation != Activation::none,
+              "pre_activation needs an activation: without one it is y");
   FLEXDIT_RUN(linear_on_cpu, cuda::linear);
+}
+
+PackedWeightPointer pack_weight(const Matrix& weight, const Execution& exec) {
+  Checker check("pack_weight", exec);
+  check.matrix("weight", weight, weight.rows, weight.cols);
+  if (!check.on_cpu() || weight.dtype == DType::float64 || weight.rows == 0 || weight.cols == 0) return nullptr;
+  return cpu::pack_weight(weight, threads_of(exec));
 }
 
 void linear_backward(const LinearBackward& p, const Execution& exec) {
@@ -157,6 +104,11 @@ void linear_backward(const LinearBackward& p, const Execution& exec) {
   check.optional("grad_x", p.grad_x, p.x.rows, p.x.cols);
   check.optional("grad_weight", p.grad_weight, p.weight.rows, p.x.cols);
   check.optional("grad_bias", p.grad_bias, 1, p.weight.rows);
+  check.holds(p.weight.rows >= 1 && p.weight.cols >= 1,
+              "weight is " + shape_text(p.weight.rows, p.weight.cols) + ", must have at least one row and one column");
+  check.optional("gelu_input", p.gelu_input, p.x.rows, p.x.cols);
+  check.holds(!p.gelu_input || p.grad_x, "gelu_input needs grad_x");
+  check.holds(!p.gelu_input || !p.accumulate_grad_x, "gelu_input does not go with accumulate_grad_x");
   if (p.grad_weight && linear_backward_workspace(p.x.dtype, 1, 1)) check.nonzero("workspace", p.workspace);
   FLEXDIT_RUN(linear_backward_on_cpu, cuda::linear_backward);
 }
@@ -249,7 +201,9 @@ void pool_tokens(const PoolTokens& p, const Execution& exec) {
   check_exchange(check, p.layout, p.sparse_layout, p.position);
   check.tokens("x", p.x, check.rows(p.layout, p.x), p.x.cols);
   if (p.position) check.matrix("position", p.position.rows, p.position.rows.rows, p.x.cols);
-  check.tokens("out", p.out, check.rows(p.sparse_layout, p.out), p.x.cols);
+  const int64_t sparse_rows = check.rows(p.sparse_layout, p.out);
+  check.tokens("out", p.out, sparse_rows, p.x.cols);
+  check_norm_fields(check, p.shift, p.scale, p.normed, p.layout.batch, sparse_rows, p.x.cols);
   FLEXDIT_RUN(cpu::kernels().pool_tokens, cuda::pool_tokens);
 }
 
@@ -340,7 +294,7 @@ void gelu_backward(const GeluBackward& p, const Execution& exec) {
   Checker check("gelu_backward", exec);
   check.matrix("x", p.x, p.x.rows, p.x.cols);
   check.matrix("grad_y", p.grad_y, p.x.rows, p.x.cols);
-  check.matrix("y", p.y, p.x.rows, p.x.cols);
+  check.optional("y", p.y, p.x.rows, p.x.cols);
   check.matrix("grad_x", p.grad_x, p.x.rows, p.x.cols);
   FLEXDIT_RUN(cpu::kernels().gelu_backward, cuda::gelu_backward);
 }

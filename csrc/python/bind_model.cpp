@@ -4,13 +4,19 @@
 namespace flexdit::python {
 namespace {
 
-// The fields that a block's forward and backward share; `rows` of the views are the packed ones only.
+// Token rows of a call: on the CPU the packed ones only, on a GPU all, whose number the host knows.
+Matrix token_rows(py::handle tensor, const TokenLayout& layout, const Execution& exec) {
+  return tensor.is_none() || exec.device != Device::cpu ? matrix(tensor) : matrix_rows(tensor, layout.total());
+}
+
+// The fields that a block's forward and backward share.
 BlockForward block_fields(BlockKind kind, const std::vector<Matrix>& parameters, int64_t num_heads, py::handle x,
-                          py::handle other, py::handle condition, py::handle table, py::handle other_table) {
+                          py::handle other, py::handle condition, py::handle table, py::handle other_table,
+                          const Execution& exec) {
   BlockForward p;
   p.layout = layout(table), p.other_layout = layout(other_table);
-  p.x = matrix_rows(x, p.layout.total());
-  if (!other.is_none()) p.other = matrix_rows(other, p.other_layout.total());
+  p.x = token_rows(x, p.layout, exec);
+  p.other = token_rows(other, p.other_layout, exec);
   p.condition = matrix(condition);
   p.parameters = parameters;
   if (parameters.size() < 4) throw ArgumentError("parameters holds too few tensors for a block");
@@ -27,7 +33,7 @@ BlockForward block_fields(BlockKind kind, const std::vector<Matrix>& parameters,
 }
 
 void bind_blocks(py::module_& m) {
-  py::enum_<BlockKind>(m, "BlockKind")
+  py::enum_<BlockKind>(m, "BlockKind", py::module_local())
       .value("pooling", BlockKind::pooling)
       .value("dense", BlockKind::dense)
       .value("generation", BlockKind::generation)
@@ -46,37 +52,37 @@ void bind_blocks(py::module_& m) {
   m.def("block_forward",
         [](BlockKind kind, const py::sequence& parameters, int64_t num_heads, py::object x, py::object other,
            py::object condition, py::object position, py::object table, py::object other_table, py::object out,
-           py::object context, py::object workspace, int threads) {
+           py::object context, py::object workspace, const Execution& exec) {
           const auto list = matrices(parameters);
-          BlockForward p = block_fields(kind, list, num_heads, x, other, condition, table, other_table);
+          BlockForward p = block_fields(kind, list, num_heads, x, other, condition, table, other_table, exec);
           p.position = matrix(position);
-          p.out = matrix_rows(out, p.x.rows);
+          p.out = token_rows(out, p.layout, exec);
           p.context = pointer<void>(context), p.workspace = pointer<void>(workspace);
           {
             const py::gil_scoped_release release;
-            block_forward(p, on_threads(threads));
+            block_forward(p, exec);
           }
-          clear_spare_rows(matrix(out), p.x.rows);
+          clear_spare_rows(matrix(out), p.layout, exec);
         });
   m.def("block_backward",
         [](BlockKind kind, const py::sequence& parameters, int64_t num_heads, py::object x, py::object other,
            py::object condition, py::object table, py::object other_table, py::object context, py::object grad_out,
            py::object grad_x, py::object grad_other, py::object grad_condition, const py::sequence& grad_parameters,
-           py::object workspace, int threads) {
+           py::object workspace, const Execution& exec) {
           const auto list = matrices(parameters), grads = matrices(grad_parameters);
           BlockBackward p;
-          static_cast<BlockForward&>(p) = block_fields(kind, list, num_heads, x, other, condition, table, other_table);
+          static_cast<BlockForward&>(p) = block_fields(kind, list, num_heads, x, other, condition, table, other_table, exec);
           p.context = pointer<void>(context), p.workspace = pointer<void>(workspace);
-          p.grad_out = matrix_rows(grad_out, p.x.rows), p.grad_x = matrix_rows(grad_x, p.x.rows);
-          if (!grad_other.is_none()) p.grad_other = matrix_rows(grad_other, p.other.rows);
+          p.grad_out = token_rows(grad_out, p.layout, exec), p.grad_x = token_rows(grad_x, p.layout, exec);
+          p.grad_other = token_rows(grad_other, p.other_layout, exec);
           p.grad_condition = matrix(grad_condition);
           p.grad_parameters = grads;
           {
             const py::gil_scoped_release release;
-            block_backward(p, on_threads(threads));
+            block_backward(p, exec);
           }
-          clear_spare_rows(matrix(grad_x), p.x.rows);
-          clear_spare_rows(matrix(grad_other), p.other.rows);
+          clear_spare_rows(matrix(grad_x), p.layout, exec);
+          clear_spare_rows(matrix(grad_other), p.other_layout, exec);
         });
 }
 
@@ -86,7 +92,7 @@ void bind_ends(py::module_& m) {
     return final_layer_workspace_bytes(batch, view.rows, view.cols, patch_values, view.dtype);
   });
   m.def("final_layer_forward", [](const py::sequence& parameters, py::object x, py::object condition, py::object table,
-                                  py::object rows, Patches image, py::object out, py::object workspace, int threads) {
+                                  py::object rows, Patches image, py::object out, py::object workspace, const Execution& exec) {
     const auto list = matrices(parameters);
     image.image = pointer<void>(out), image.rows = matrix(rows), image.layout = layout(table);
     const FinalLayerForward p{.parameters = list,
@@ -96,13 +102,13 @@ void bind_ends(py::module_& m) {
                               .out = image.rows,
                               .workspace = pointer<void>(workspace)};
     const py::gil_scoped_release release;
-    final_layer_forward(p, on_threads(threads));
-    unpatchify(image, on_threads(threads));
+    final_layer_forward(p, exec);
+    unpatchify(image, exec);
   });
   m.def("final_layer_backward",
         [](const py::sequence& parameters, py::object x, py::object condition, py::object table, py::object rows,
            Patches image, py::object grad_out, py::object grad_x, py::object grad_condition,
-           const py::sequence& grad_parameters, py::object workspace, int threads) {
+           const py::sequence& grad_parameters, py::object workspace, const Execution& exec) {
           const auto list = matrices(parameters), grads = matrices(grad_parameters);
           image.image = pointer<void>(grad_out), image.rows = matrix(rows), image.layout = layout(table);
           FinalLayerBackward p;
@@ -111,15 +117,15 @@ void bind_ends(py::module_& m) {
           p.grad_out = image.rows, p.grad_x = matrix(grad_x), p.grad_condition = matrix(grad_condition);
           p.grad_parameters = grads;
           const py::gil_scoped_release release;
-          patchify(image, on_threads(threads));
-          final_layer_backward(p, on_threads(threads));
+          patchify(image, exec);
+          final_layer_backward(p, exec);
         });
   m.def("condition_workspace", [](py::object features, int64_t hidden) {
     const Matrix view = matrix(features);
     return condition_workspace_bytes(view.rows, hidden, view.cols, view.dtype);
   });
   m.def("condition_forward", [](const py::sequence& parameters, py::object features, py::object labels, py::object out,
-                                py::object workspace, int threads) {
+                                py::object workspace, const Execution& exec) {
     const auto list = matrices(parameters);
     const ConditionForward p{.parameters = list,
                              .features = matrix(features),
@@ -127,20 +133,20 @@ void bind_ends(py::module_& m) {
                              .out = matrix(out),
                              .workspace = pointer<void>(workspace)};
     const py::gil_scoped_release release;
-    condition_forward(p, on_threads(threads));
+    condition_forward(p, exec);
   });
   m.def("condition_backward",
         [](const py::sequence& parameters, py::object features, py::object labels, py::object grad_out,
-           const py::sequence& grad_parameters, py::object workspace, int threads) {
+           const py::sequence& grad_parameters, py::object workspace, const Execution& exec) {
           const auto list = matrices(parameters), grads = matrices(grad_parameters);
           ConditionBackward p;
           p.parameters = list, p.features = matrix(features), p.labels = pointer<int64_t>(labels);
           p.workspace = pointer<void>(workspace);
           p.grad_out = matrix(grad_out), p.grad_parameters = grads;
           const py::gil_scoped_release release;
-          condition_backward(p, on_threads(threads));
+          condition_backward(p, exec);
         });
-  py::class_<Patches>(m, "Patches")
+  py::class_<Patches>(m, "Patches", py::module_local())
       .def(py::init(
                [](int64_t channels, int64_t patch, bool channels_last) {
                  return Patches{.channels = channels, .patch = patch, .channels_last = channels_last};
@@ -151,17 +157,17 @@ void bind_ends(py::module_& m) {
     return patch_embed_backward_workspace_bytes(view.rows, hidden, view.cols, view.dtype);
   });
   m.def("patch_embed_forward", [](const py::sequence& parameters, py::object x, py::object rows, Patches image,
-                                  py::object position, py::object table, py::object out, int threads) {
+                                  py::object position, py::object table, py::object out, const Execution& exec) {
     const auto list = matrices(parameters);
     image.image = pointer<void>(x), image.rows = matrix(rows), image.layout = layout(table);
     const PatchEmbedForward p{
         .parameters = list, .image = image, .position = matrix(position), .layout = layout(table), .out = matrix(out)};
     const py::gil_scoped_release release;
-    patch_embed_forward(p, on_threads(threads));
+    patch_embed_forward(p, exec);
   });
   m.def("patch_embed_backward",
         [](const py::sequence& parameters, py::object rows, Patches image, py::object table, py::object grad_out,
-           py::object grad_x, const py::sequence& grad_parameters, py::object workspace, int threads) {
+           py::object grad_x, const py::sequence& grad_parameters, py::object workspace, const Execution& exec) {
           const auto list = matrices(parameters), grads = matrices(grad_parameters);
           PatchEmbedBackward p;
           p.parameters = list, p.layout = layout(table);
@@ -169,24 +175,26 @@ void bind_ends(py::module_& m) {
           p.image.layout = p.layout;
           p.grad_out = matrix(grad_out), p.grad_parameters = grads, p.workspace = pointer<void>(workspace);
           const py::gil_scoped_release release;
-          patch_embed_backward(p, on_threads(threads));
+          patch_embed_backward(p, exec);
         });
 }
 
 ModelForward model_fields(const Config& config, const std::vector<Matrix>& parameters, py::handle x, py::handle t,
-                          py::handle features, py::handle labels, py::handle sparse_table) {
+                          py::handle features, py::handle labels, py::handle table, py::handle sparse_table,
+                          int64_t rows, int64_t sparse_rows) {
   ModelForward p;
   p.config = config, p.parameters = parameters;
   p.dtype = dtype_of(x);
   p.batch = x.attr("shape").cast<std::vector<int64_t>>().at(0);
   p.x = pointer<void>(x), p.t = pointer<const double>(t), p.labels = pointer<const int64_t>(labels);
   p.timestep_features = matrix(features);
-  p.sparse_layout = layout(sparse_table);
+  p.layout = layout(table), p.sparse_layout = layout(sparse_table);
+  p.rows = rows, p.sparse_rows = sparse_rows;
   return p;
 }
 
 void bind_whole_model(py::module_& m) {
-  py::class_<Config>(m, "Config")
+  py::class_<Config>(m, "Config", py::module_local())
       .def(py::init<>())
       .def_readwrite("input_height", &Config::input_height)
       .def_readwrite("input_width", &Config::input_width)
@@ -211,32 +219,37 @@ void bind_whole_model(py::module_& m) {
     return specs;
   });
   m.def("model_macs", &model_macs);
-  m.def("model_bytes", [](const Config& config, const py::sequence& parameters, py::object x, py::object sparse) {
+  m.def("model_bytes", [](const Config& config, const py::sequence& parameters, py::object x, py::object table,
+                          py::object sparse, int64_t rows, int64_t sparse_rows) {
     const auto list = matrices(parameters);
-    const auto p = model_fields(config, list, x, py::none(), py::none(), py::none(), sparse);
+    const auto p =
+        model_fields(config, list, x, py::none(), py::none(), py::none(), table, sparse, rows, sparse_rows);
     return py::make_tuple(model_context_bytes(p), model_workspace_bytes(p, false), model_workspace_bytes(p, true),
                           model_backward_workspace_bytes(p));
   });
-  m.def("model_forward", [](const Config& config, const py::sequence& parameters, py::object x, py::object t,
-                            py::object features, py::object labels, py::object sparse, py::object out,
-                            py::object context, py::object workspace, int threads) {
-    const auto list = matrices(parameters);
-    ModelForward p = model_fields(config, list, x, t, features, labels, sparse);
-    p.out = pointer<void>(out), p.context = pointer<void>(context), p.workspace = pointer<void>(workspace);
-    const py::gil_scoped_release release;
-    model_forward(p, on_threads(threads));
-  });
+  m.def("model_forward",
+        [](const Config& config, const py::sequence& parameters, py::object x, py::object t, py::object features,
+           py::object labels, py::object table, py::object sparse, int64_t rows, int64_t sparse_rows, py::object out,
+           py::object context, py::object workspace, const Execution& exec) {
+          const auto list = matrices(parameters);
+          ModelForward p = model_fields(config, list, x, t, features, labels, table, sparse, rows, sparse_rows);
+          p.out = pointer<void>(out), p.context = pointer<void>(context), p.workspace = pointer<void>(workspace);
+          const py::gil_scoped_release release;
+          model_forward(p, exec);
+        });
   m.def("model_backward",
         [](const Config& config, const py::sequence& parameters, py::object x, py::object t, py::object features,
-           py::object labels, py::object sparse, py::object context, py::object grad_out, py::object grad_x,
-           const py::sequence& grad_parameters, py::object workspace, int threads) {
+           py::object labels, py::object table, py::object sparse, int64_t rows, int64_t sparse_rows,
+           py::object context, py::object grad_out, py::object grad_x, const py::sequence& grad_parameters,
+           py::object workspace, const Execution& exec) {
           const auto list = matrices(parameters), grads = matrices(grad_parameters);
           ModelBackward p;
-          static_cast<ModelForward&>(p) = model_fields(config, list, x, t, features, labels, sparse);
+          static_cast<ModelForward&>(p) =
+              model_fields(config, list, x, t, features, labels, table, sparse, rows, sparse_rows);
           p.context = pointer<void>(context), p.workspace = pointer<void>(workspace);
           p.grad_out = pointer<void>(grad_out), p.grad_x = pointer<void>(grad_x), p.grad_parameters = grads;
           const py::gil_scoped_release release;
-          model_backward(p, on_threads(threads));
+          model_backward(p, exec);
         });
 }
 

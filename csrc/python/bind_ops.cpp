@@ -6,14 +6,14 @@ namespace {
 
 // Runs an operation without the interpreter's lock.
 template <class Parameters>
-void run(void (*op)(const Parameters&, const Execution&), const Parameters& p, int threads) {
+void run(void (*op)(const Parameters&, const Execution&), const Parameters& p, const Execution& exec) {
   const py::gil_scoped_release release;
-  op(p, on_threads(threads));
+  op(p, exec);
 }
 
 void bind_norm(py::module_& m) {
   m.def("modulated_layer_norm",
-        [](py::object x, py::object shift, py::object scale, py::object table, double eps, py::object y, int threads) {
+        [](py::object x, py::object shift, py::object scale, py::object table, double eps, py::object y, const Execution& exec) {
           run(modulated_layer_norm,
               ModulatedLayerNorm{.x = matrix(x),
                                  .shift = matrix(shift),
@@ -21,12 +21,12 @@ void bind_norm(py::module_& m) {
                                  .layout = layout(table),
                                  .y = matrix(y),
                                  .eps = eps},
-              threads);
-          clear_spare_rows(matrix(y), layout(table).total());
+              exec);
+          clear_spare_rows(matrix(y), layout(table), exec);
         });
   m.def("modulated_layer_norm_backward",
         [](py::object x, py::object scale, py::object table, double eps, py::object grad_y, py::object grad_x,
-           py::object grad_shift, py::object grad_scale, py::object workspace, int threads) {
+           py::object grad_shift, py::object grad_scale, py::object workspace, const Execution& exec) {
           run(modulated_layer_norm_backward,
               ModulatedLayerNormBackward{.x = matrix(x),
                                          .scale = matrix(scale),
@@ -37,19 +37,19 @@ void bind_norm(py::module_& m) {
                                          .grad_scale = matrix(grad_scale),
                                          .eps = eps,
                                          .workspace = pointer<void>(workspace)},
-              threads);
-          clear_spare_rows(matrix(grad_x), layout(table).total());
+              exec);
+          clear_spare_rows(matrix(grad_x), layout(table), exec);
         });
   m.def("gated_residual",
-        [](py::object x, py::object y, py::object gate, py::object table, py::object out, int threads) {
+        [](py::object x, py::object y, py::object gate, py::object table, py::object out, const Execution& exec) {
           run(gated_residual,
               GatedResidual{
                   .x = matrix(x), .y = matrix(y), .gate = matrix(gate), .layout = layout(table), .out = matrix(out)},
-              threads);
-          clear_spare_rows(matrix(out), layout(table).total());
+              exec);
+          clear_spare_rows(matrix(out), layout(table), exec);
         });
   m.def("gated_residual_backward", [](py::object y, py::object gate, py::object table, py::object grad_out,
-                                      py::object grad_y, py::object grad_gate, int threads) {
+                                      py::object grad_y, py::object grad_gate, const Execution& exec) {
     run(gated_residual_backward,
         GatedResidualBackward{.y = matrix(y),
                               .gate = matrix(gate),
@@ -57,11 +57,11 @@ void bind_norm(py::module_& m) {
                               .grad_out = matrix(grad_out),
                               .grad_y = matrix(grad_y),
                               .grad_gate = matrix(grad_gate)},
-        threads);
-    clear_spare_rows(matrix(grad_y), layout(table).total());
+        exec);
+    clear_spare_rows(matrix(grad_y), layout(table), exec);
   });
   m.def("modulated_mean", [](py::object x, py::object shift, py::object scale, py::object table, double eps,
-                             py::object mean, py::object workspace, int threads) {
+                             py::object mean, py::object workspace, const Execution& exec) {
     run(modulated_mean,
         ModulatedMean{.x = matrix(x),
                       .shift = matrix(shift),
@@ -70,11 +70,11 @@ void bind_norm(py::module_& m) {
                       .mean = matrix(mean),
                       .eps = eps,
                       .workspace = pointer<void>(workspace)},
-        threads);
+        exec);
   });
   m.def("modulated_mean_backward",
         [](py::object x, py::object scale, py::object table, double eps, py::object grad_mean, py::object grad_x,
-           py::object grad_shift, py::object grad_scale, py::object workspace, int threads) {
+           py::object grad_shift, py::object grad_scale, py::object workspace, const Execution& exec) {
           run(modulated_mean_backward,
               ModulatedMeanBackward{.x = matrix(x),
                                     .scale = matrix(scale),
@@ -85,67 +85,67 @@ void bind_norm(py::module_& m) {
                                     .grad_scale = matrix(grad_scale),
                                     .eps = eps,
                                     .workspace = pointer<void>(workspace)},
-              threads);
-          clear_spare_rows(matrix(grad_x), layout(table).total());
+              exec);
+          clear_spare_rows(matrix(grad_x), layout(table), exec);
         });
   m.def("row_statistics_workspace", [](py::object x) { return row_statistics_workspace(dtype_of(x), matrix(x).rows); });
 }
 
 void bind_tokens(py::module_& m) {
   m.def("pool_tokens",
-        [](py::object x, py::object position, py::object table, py::object sparse, py::object out, int threads) {
+        [](py::object x, py::object position, py::object table, py::object sparse, py::object out, const Execution& exec) {
           run(pool_tokens,
               PoolTokens{.x = matrix(x),
                          .position = matrix(position),
                          .layout = layout(table),
                          .sparse_layout = layout(sparse),
                          .out = matrix(out)},
-              threads);
-          clear_spare_rows(matrix(out), layout(sparse).total());
+              exec);
+          clear_spare_rows(matrix(out), layout(sparse), exec);
         });
   m.def("pool_tokens_backward",
-        [](py::object table, py::object sparse, py::object grad_out, py::object grad_x, int threads) {
+        [](py::object table, py::object sparse, py::object grad_out, py::object grad_x, const Execution& exec) {
           run(pool_tokens_backward,
               PoolTokensBackward{.layout = layout(table),
                                  .sparse_layout = layout(sparse),
                                  .grad_out = matrix(grad_out),
                                  .grad_x = matrix(grad_x)},
-              threads);
-          clear_spare_rows(matrix(grad_x), layout(table).total());
+              exec);
+          clear_spare_rows(matrix(grad_x), layout(table), exec);
         });
   m.def("gather_sparse",
-        [](py::object s, py::object x, py::object table, py::object sparse, py::object out, int threads) {
+        [](py::object s, py::object x, py::object table, py::object sparse, py::object out, const Execution& exec) {
           run(gather_sparse,
               GatherSparse{.s = matrix(s),
                            .x = matrix(x),
                            .layout = layout(table),
                            .sparse_layout = layout(sparse),
                            .out = matrix(out)},
-              threads);
-          clear_spare_rows(matrix(out), layout(table).total());
+              exec);
+          clear_spare_rows(matrix(out), layout(table), exec);
         });
   m.def("gather_sparse_backward",
-        [](py::object table, py::object sparse, py::object grad_out, py::object grad_s, int threads) {
+        [](py::object table, py::object sparse, py::object grad_out, py::object grad_s, const Execution& exec) {
           run(gather_sparse_backward,
               GatherSparseBackward{.layout = layout(table),
                                    .sparse_layout = layout(sparse),
                                    .grad_out = matrix(grad_out),
                                    .grad_s = matrix(grad_s)},
-              threads);
-          clear_spare_rows(matrix(grad_s), layout(sparse).total());
+              exec);
+          clear_spare_rows(matrix(grad_s), layout(sparse), exec);
         });
-  m.def("select_tokens", [](py::object t, const DensitySchedule& schedule, py::object table, int threads) {
+  m.def("select_tokens", [](py::object t, const DensitySchedule& schedule, py::object table, const Execution& exec) {
     const auto count = t.attr("shape").cast<std::vector<int64_t>>().at(0);
     run(select_tokens,
         SelectTokens{
             .t = pointer<const double>(t), .batch = count, .schedule = &schedule, .table = pointer<LayoutRow>(table)},
-        threads);
+        exec);
   });
 }
 
 void bind_attention(py::module_& m) {
   m.def("attention", [](py::object q, py::object k, py::object v, int64_t num_heads, py::object table_q,
-                        py::object table_k, py::object out, py::object lse, int threads) {
+                        py::object table_k, py::object out, py::object lse, const Execution& exec) {
     run(attention,
         Attention{.q = matrix(q),
                   .k = matrix(k),
@@ -155,31 +155,31 @@ void bind_attention(py::module_& m) {
                   .num_heads = num_heads,
                   .out = matrix(out),
                   .lse = matrix(lse)},
-        threads);
-    clear_spare_rows(matrix(out), layout(table_q).total());
-    clear_spare_rows(matrix(lse), layout(table_q).total());
+        exec);
+    clear_spare_rows(matrix(out), layout(table_q), exec);
+    clear_spare_rows(matrix(lse), layout(table_q), exec);
   });
   m.def("attention_backward", [](py::object q, py::object k, py::object v, int64_t num_heads, py::object table_q,
                                  py::object table_k, py::object out, py::object lse, py::object grad_out,
-                                 py::object grad_q, py::object grad_k, py::object grad_v, int threads) {
+                                 py::object grad_q, py::object grad_k, py::object grad_v, const Execution& exec) {
     AttentionBackward p;
     p.q = matrix(q), p.k = matrix(k), p.v = matrix(v), p.out = matrix(out), p.lse = matrix(lse);
     p.layout_q = layout(table_q), p.layout_k = layout(table_k), p.num_heads = num_heads;
     p.grad_out = matrix(grad_out);
     p.grad_q = matrix(grad_q), p.grad_k = matrix(grad_k), p.grad_v = matrix(grad_v);
-    run(attention_backward, p, threads);
-    clear_spare_rows(p.grad_q, p.layout_q.total());
-    clear_spare_rows(p.grad_k, p.layout_k.total());
-    clear_spare_rows(p.grad_v, p.layout_k.total());
+    run(attention_backward, p, exec);
+    clear_spare_rows(p.grad_q, p.layout_q, exec);
+    clear_spare_rows(p.grad_k, p.layout_k, exec);
+    clear_spare_rows(p.grad_v, p.layout_k, exec);
   });
 }
 
 void bind_linear(py::module_& m) {
-  m.def("linear", [](py::object x, py::object weight, py::object bias, py::object y, int threads) {
-    run(linear, Linear{.x = matrix(x), .weight = matrix(weight), .bias = matrix(bias), .y = matrix(y)}, threads);
+  m.def("linear", [](py::object x, py::object weight, py::object bias, py::object y, const Execution& exec) {
+    run(linear, Linear{.x = matrix(x), .weight = matrix(weight), .bias = matrix(bias), .y = matrix(y)}, exec);
   });
   m.def("linear_backward", [](py::object x, py::object weight, py::object grad_y, py::object grad_x,
-                              py::object grad_weight, py::object grad_bias, py::object workspace, int threads) {
+                              py::object grad_weight, py::object grad_bias, py::object workspace, const Execution& exec) {
     run(linear_backward,
         LinearBackward{.x = matrix(x),
                        .weight = matrix(weight),
@@ -188,7 +188,7 @@ void bind_linear(py::module_& m) {
                        .grad_weight = matrix(grad_weight),
                        .grad_bias = matrix(grad_bias),
                        .workspace = pointer<void>(workspace)},
-        threads);
+        exec);
   });
   m.def("linear_backward_workspace", [](py::object weight) {
     const Matrix w = matrix(weight);

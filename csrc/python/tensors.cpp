@@ -67,8 +67,9 @@ TokenLayout layout(py::handle table) {
   return {pointer<const LayoutRow>(table), shape[0] - 1};
 }
 
-void clear_spare_rows(const Matrix& m, int64_t used) {
-  for (int64_t r = used; m && r < m.rows; ++r)
+void clear_spare_rows(const Matrix& m, const TokenLayout& layout, const Execution& exec) {
+  if (!m || exec.device != Device::cpu) return;
+  for (int64_t r = layout.total(); r < m.rows; ++r)
     std::memset(m.row_range(r, 1).data, 0, static_cast<size_t>(m.cols * size_of(m.dtype)));
 }
 

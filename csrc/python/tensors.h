@@ -53,10 +53,9 @@ T* pointer(py::handle tensor) {
   return tensor.is_none() ? nullptr : reinterpret_cast<T*>(tensor.attr("data_ptr")().cast<uintptr_t>());
 }
 
-inline Execution on_threads(int threads) { return {.device = Device::cpu, .threads = threads}; }
-
-// Sets the rows behind the packed ones to zero, so that spare rows never hold garbage.
-void clear_spare_rows(const Matrix& m, int64_t used);
+// On the CPU: sets the rows behind the packed ones to zero, so that spare rows never hold garbage. On a GPU the kernels
+// do so.
+void clear_spare_rows(const Matrix& m, const TokenLayout& layout, const Execution& exec);
 
 void bind_ops(py::module_& m);
 void bind_model(py::module_& m);

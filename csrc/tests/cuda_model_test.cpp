@@ -43,7 +43,9 @@ struct Inputs {
 std::vector<Values> compute(const Inputs& in, DType dtype, const Execution& exec) {
   Tensor x(in.x, dtype), out(in.x.rows, in.grad_out.cols, dtype), kept(in.x.rows, in.grad_out.cols, dtype);
   Tensor grad_out(in.grad_out, dtype), grad_x(in.x.rows, in.x.cols, dtype);
-  const HostLayout layout(kSparse);
+  // On a GPU the host knows no totals: buffers have room for more rows.
+  const bool spare = exec.device == Device::cuda;
+  const HostLayout layout(in.x.rows, in.config.dense_grid()), sparse_layout(kSparse);
   std::vector<Tensor> parameters, gradients;
   std::vector<Matrix> views, grad_views;
   for (const Values& v : in.parameters) {
@@ -56,7 +58,9 @@ std::vector<Values> compute(const Inputs& in, DType dtype, const Execution& exec
   }
   ModelBackward p;
   p.config = in.config, p.parameters = views, p.dtype = dtype, p.batch = in.x.rows;
-  p.x = x.data(), p.t = in.t.data(), p.labels = in.labels.data(), p.sparse_layout = layout.view();
+  p.x = x.data(), p.t = in.t.data(), p.labels = in.labels.data();
+  p.layout = layout.view(), p.sparse_layout = sparse_layout.view();
+  if (spare) p.rows = layout.view().total() + 5, p.sparse_rows = sparse_layout.view().total() + 9;
   p.grad_out = grad_out.data(), p.grad_x = grad_x.data(), p.grad_parameters = grad_views;
 
   GuardedBytes inference(model_workspace_bytes(p, false)), workspace(model_workspace_bytes(p, true)),

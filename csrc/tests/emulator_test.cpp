@@ -251,6 +251,11 @@ TEST_CASE(launches_that_a_gpu_refuses) {
   CHECK(has(words(dim3(1, 70000), 32, 0), "(1, 70000, 1)"));
   CHECK(has(words(1, 32, 300 << 10), "307200 bytes"));
   CHECK(words(0, 32, 0).empty());
+  const std::string missing = test::message_of<DeviceError>(
+      [] { launch_failed(kOp, 1, 32, 0, 0, "no kernel image is available for execution on the device"); });
+  CHECK_NOTE(has(missing, "has kernels for compute capabilities ") && has(missing, "-DCMAKE_CUDA_ARCHITECTURES="),
+             missing);
+  CHECK(!has(large, "CMAKE_CUDA_ARCHITECTURES"));
 }
 
 // Every bit pattern of the 16-bit types goes to float32 and back; halves between neighbours round to even.

@@ -379,3 +379,114 @@ TEST_CASE(arguments) {
   const std::vector<int64_t> labels = {0, 1, 5, 0};
   CHECK(says(message([&](Stored& s) { s.call.labels = labels.data(); }), "labels[2] is 5"));
 }
+
+namespace {
+
+// Everything that inference can bring along, made from the parameters with naive loops.
+struct Prepared {
+  Values weight, bias, modulation;
+  std::vector<Values> folded;
+  std::vector<Tensor> tensors;
+  std::vector<Matrix> folded_views;
+  std::vector<PackedWeightPointer> packed;
+  std::vector<const PackedWeight*> packed_views;
+
+  Prepared(const Inputs& in, Stored& s, DType dtype) {
+    const int64_t c = in.config.hidden;
+    const auto specs = model_parameters(in.config);
+    weight = Values(model_modulation_columns(in.config), c), bias = Values(1, weight.rows);
+    int64_t row = 0;
+    for (size_t i = 0; i < specs.size(); ++i) {
+      const Values& v = in.parameters[i];
+      if (specs[i].name.ends_with("modulation.weight")) {
+        std::copy(v.v.begin(), v.v.end(), weight.v.begin() + row * c);
+        std::copy(in.parameters[i + 1].v.begin(), in.parameters[i + 1].v.end(), bias.v.begin() + row);
+        row += v.rows;
+      }
+      if (specs[i].name.ends_with("attn.v.weight")) {  // then its bias, proj's weight and bias
+        Values folded_weight(c, c), folded_bias = in.parameters[i + 3];
+        const Values &w_v = v, &w_o = in.parameters[i + 2];
+        for (int64_t a = 0; a < c; ++a)
+          for (int64_t k = 0; k < c; ++k) {
+            folded_bias(0, a) += w_o(a, k) * in.parameters[i + 1](0, k);
+            for (int64_t b = 0; b < c; ++b) folded_weight(a, b) += w_o(a, k) * w_v(k, b);
+          }
+        folded.push_back(folded_weight), folded.push_back(folded_bias);
+      }
+      packed.push_back(specs[i].rows > 1 ? pack_weight(s.views[i], {}) : nullptr);
+      packed_views.push_back(packed.back().get());
+    }
+    CHECK_EQ(row, weight.rows);
+    tensors.emplace_back(weight, dtype), tensors.emplace_back(bias, dtype);
+    tensors.emplace_back(in.batch(), weight.rows, dtype);
+    for (const Values& v : folded) tensors.emplace_back(v, dtype);
+    for (size_t i = 3; i < tensors.size(); ++i) folded_views.push_back(tensors[i].view());
+    GuardedBytes workspace(model_modulation_workspace_bytes(in.config, in.batch(), dtype));
+    model_modulation({.config = in.config,
+                      .parameters = s.views,
+                      .weight = tensors[0].view(),
+                      .bias = tensors[1].view(),
+                      .t = in.t.data(),
+                      .labels = in.labels.data(),
+                      .out = tensors[2].view(),
+                      .workspace = workspace.data()},
+                     {});
+    CHECK(workspace.intact());
+  }
+};
+
+}  // namespace
+
+// Modulations, folded and packed weights, and norms fused with the block before change nothing but the rounding.
+TEST_CASE(prepared_inference) {
+  for (const DType dtype : {DType::float64, DType::float32})
+    for (const Inputs& in : all_inputs()) {
+      const Values exact = forward(in, DType::float64, 1, false);
+      Stored s(in, dtype);
+      Prepared prepared(in, s, dtype);
+      s.call.prepared = {prepared.tensors[2].view(), prepared.folded_views, prepared.packed_views};
+      s.call.t = nullptr, s.call.labels = nullptr;
+      GuardedBytes workspace(model_workspace_bytes(s.call, false));
+      s.call.workspace = workspace.data();
+      model_forward(s.call, {});
+      CHECK(workspace.intact() && s.out.guards_intact());
+      CHECK_NEAR(error(s.out.values(), exact), 0.0, dtype == DType::float64 ? 1e-13 : 2e-5);
+      s.call.context = workspace.data();
+      CHECK(argument_error([&] { model_forward(s.call, {}); }).find("prepared") != std::string::npos);
+    }
+}
+
+// Images of two sizes, each with its own position table, in one batch and alone.
+TEST_CASE(images_of_several_sizes) {
+  const Inputs small = make(tiny(), {{1, 2, 2}});
+  Config wide = tiny();
+  wide.input_height = 4, wide.input_width = 10;
+  Inputs large = make(wide, {{1, 1, 3}});
+  const Values positions = large.parameters[0];
+  std::copy(small.parameters.begin() + 1, small.parameters.end(), large.parameters.begin() + 1);
+  const Values a = forward(small, DType::float64, 1, false), b = forward(large, DType::float64, 1, false);
+
+  Values x(1, small.x.cols + large.x.cols), table(small.parameters[0].rows + positions.rows, tiny().hidden);
+  std::copy(small.x.v.begin(), small.x.v.end(), x.v.begin());
+  std::copy(large.x.v.begin(), large.x.v.end(), x.v.begin() + small.x.cols);
+  std::copy(positions.v.begin(), positions.v.end(), table.v.begin());  // the larger image's table first
+  std::copy(small.parameters[0].v.begin(), small.parameters[0].v.end(), table.v.begin() + positions.v.size());
+  Stored s(small, DType::float64);
+  Tensor images(x, DType::float64), out(1, a.cols + b.cols, DType::float64), tables(table, DType::float64);
+  const std::vector<Grid> dense = {small.config.dense_grid(), wide.dense_grid()}, sparse = {{1, 2, 2}, {1, 1, 3}};
+  const HostLayout layout(dense), sparse_layout(sparse);
+  const std::vector<double> t = {small.t[0], large.t[0]};
+  const std::vector<int64_t> labels = {small.labels[0], large.labels[0]};
+  const std::vector<int32_t> offsets = {static_cast<int32_t>(positions.rows), 0};
+  s.call.batch = 2, s.call.x = images.data(), s.call.out = out.data(), s.call.t = t.data();
+  s.call.labels = labels.data(), s.call.layout = layout.view(), s.call.sparse_layout = sparse_layout.view();
+  s.call.positions = {tables.view(), offsets.data()};
+  GuardedBytes workspace(model_workspace_bytes(s.call, false));
+  s.call.workspace = workspace.data();
+  model_forward(s.call, {});
+  CHECK(workspace.intact() && out.guards_intact());
+  Values expected(1, a.cols + b.cols);
+  std::copy(a.v.begin(), a.v.end(), expected.v.begin());
+  std::copy(b.v.begin(), b.v.end(), expected.v.begin() + a.cols);
+  CHECK_NEAR(error(out.values(), expected), 0.0, 1e-14);
+}

@@ -89,8 +89,17 @@ inline int64_t column_of(const Grid& g, int64_t n) { return n % g.width; }
 // floor(i n / m) <= j < ceil((i + 1) n / m), method.md's window, in exact integers.
 inline bool in_window(int64_t j, int64_t i, int64_t n, int64_t m) { return j >= i * n / m && j * m < (i + 1) * n; }
 
-// `position` may be empty.
-inline Values pool_tokens(const Values& x, const Values& position, const Grids& grids, const Grids& sparse_grids) {
+// Position tables: all samples' rows, and where each sample's begin; no offsets mean 0, no rows no table.
+struct Position {
+  Values rows;
+  std::vector<int32_t> offset = {};
+
+  double operator()(int64_t b, int64_t n, int64_t i) const {
+    return rows.rows ? rows(n + (offset.empty() ? 0 : offset[size_t(b)]), i) : 0;
+  }
+};
+
+inline Values pool_tokens(const Values& x, const Position& position, const Grids& grids, const Grids& sparse_grids) {
   Values out(total(sparse_grids), x.cols);
   int64_t first = 0;
   for_tokens(sparse_grids, [&](int64_t b, int64_t r, int64_t s) {
@@ -103,14 +112,14 @@ inline Values pool_tokens(const Values& x, const Values& position, const Grids& 
           !in_window(column_of(dense, n), column_of(sparse, s), dense.width, sparse.width))
         continue;
       ++count;
-      for (int64_t i = 0; i < x.cols; ++i) out(r, i) += x(first + n, i) + (position.rows ? position(n, i) : 0);
+      for (int64_t i = 0; i < x.cols; ++i) out(r, i) += x(first + n, i) + position(b, n, i);
     }
     for (int64_t i = 0; i < x.cols; ++i) out(r, i) /= double(count);
   });
   return out;
 }
 
-inline Values gather_sparse(const Values& s, const Values& x, const Values& position, const Grids& grids,
+inline Values gather_sparse(const Values& s, const Values& x, const Position& position, const Grids& grids,
                             const Grids& sparse_grids) {
   Values out = x;
   int64_t first = 0;
@@ -121,15 +130,15 @@ inline Values gather_sparse(const Values& s, const Values& x, const Values& posi
                             row_of(dense, n) * sparse.height / dense.height) *
                                sparse.width +
                            column_of(dense, n) * sparse.width / dense.width;
-    for (int64_t i = 0; i < x.cols; ++i) out(r, i) += s(first + source, i) + (position.rows ? position(n, i) : 0);
+    for (int64_t i = 0; i < x.cols; ++i) out(r, i) += s(first + source, i) + position(b, n, i);
   });
   return out;
 }
 
-inline Values add_position(const Values& x, const Values& position, const Grids& grids) {
+inline Values add_position(const Values& x, const Position& position, const Grids& grids) {
   Values out = x;
-  for_tokens(grids, [&](int64_t, int64_t r, int64_t n) {
-    for (int64_t i = 0; i < x.cols; ++i) out(r, i) += position(n, i);
+  for_tokens(grids, [&](int64_t b, int64_t r, int64_t n) {
+    for (int64_t i = 0; i < x.cols; ++i) out(r, i) += position(b, n, i);
   });
   return out;
 }

@@ -36,16 +36,26 @@ struct OpCase {
   bool large = false;     // so large that finite differences are taken in a few directions only
 };
 
-// A batch: dense grids, and the sparse grids that they exchange tokens with.
+// A batch: dense grids, the sparse grids that they exchange tokens with, and where the dense grids' position tables
+// begin (nothing: all at row 0).
 struct Batch {
   const char* name;
   naive::Grids dense, sparse;
+  std::vector<int32_t> position_offset = {};
 
   HostLayout layout() const { return HostLayout(dense); }
   HostLayout sparse_layout() const { return HostLayout(sparse); }
   int64_t size() const { return static_cast<int64_t>(dense.size()); }
   int64_t rows() const { return naive::total(dense); }
   int64_t sparse_rows() const { return naive::total(sparse); }
+  int64_t position_rows() const {
+    int64_t rows = dense[0].tokens();
+    for (size_t b = 0; b < position_offset.size(); ++b) rows = std::max(rows, position_offset[b] + dense[b].tokens());
+    return rows;
+  }
+  PositionTable positions(const Matrix& rows) const {
+    return {rows, position_offset.empty() ? nullptr : position_offset.data()};
+  }
 };
 
 std::vector<OpCase> linear_cases();

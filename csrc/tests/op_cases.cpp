@@ -12,6 +12,8 @@ const Batch kOneSample{"one sample", {{1, 5, 4}}, {{1, 3, 3}}};
 const Batch kOneToken{"one token", {{1, 1, 1}}, {{1, 1, 1}}};
 // The same number of tokens in every sample, so that one position table fits all.
 const Batch kSameCount{"same count", {{1, 3, 4}, {1, 4, 3}, {2, 3, 2}}, {{1, 2, 2}, {1, 1, 3}, {2, 2, 1}}};
+// Grids of their own: tables behind one another, of which the third sample has none but a row of the first's.
+const Batch kTables{"tables", kRagged.dense, kRagged.sparse, {6, 22, 9, 0}};
 
 struct Size {
   Batch batch;
@@ -65,6 +67,60 @@ OpCase linear_case(int64_t m, int64_t n, int64_t k, bool bias, Activation activa
                        .grad_weight = grad_in[1],
                        .grad_bias = bias ? grad_in[2] : Matrix{},
                        .accumulate_grad_x = accumulate,
+                       .workspace = workspace},
+                      exec);
+    });
+  };
+  return c;
+}
+
+// GELU behind the product, with what comes before it kept.
+OpCase kept_case(int64_t m, int64_t n, int64_t k, bool bias) {
+  OpCase c = linear_case(m, n, k, bias, Activation::gelu_tanh, false);
+  c.variant += " kept";
+  c.outputs.push_back({"pre_activation", m, n, false, false, true});
+  c.naive = [=](const std::vector<Values>& in) {
+    const Values before = naive::linear(in[0], in[1], bias ? in[2] : Values());
+    return std::vector{naive::map(before, naive::gelu), before};
+  };
+  c.forward = [=](const Views& in, const Views& out, const Execution& exec) {
+    linear({.x = in[0],
+            .weight = in[1],
+            .bias = bias ? in[2] : Matrix{},
+            .y = out[0],
+            .activation = Activation::gelu_tanh,
+            .pre_activation = out[1]},
+           exec);
+  };
+  return c;
+}
+
+// A product of GELU(h), whose backward reaches h.
+OpCase gelu_input_case(int64_t m, int64_t n, int64_t k) {
+  OpCase c{.op = "linear",
+           .variant = std::to_string(m) + "x" + std::to_string(n) + "x" + std::to_string(k) + " of gelu",
+           .inputs = {{"gelu_input", m, k}, {"weight", n, k}, {"bias", 1, n}},
+           .outputs = {{"y", m, n}}};
+  c.in_place = true;
+  c.naive = [=](const std::vector<Values>& in) {
+    return std::vector{naive::linear(naive::map(in[0], naive::gelu), in[1], in[2])};
+  };
+  c.forward = [=](const Views& in, const Views& out, const Execution& exec) {
+    Tensor x(m, k, in[0].dtype);
+    gelu({.x = in[0], .y = x.view()}, exec);
+    linear({.x = x.view(), .weight = in[1], .bias = in[2], .y = out[0]}, exec);
+  };
+  c.backward = [=](const Views& in, const Views& grad_out, const Views& grad_in, const Execution& exec) {
+    Tensor x(m, k, in[0].dtype);
+    gelu({.x = in[0], .y = x.view()}, exec);
+    with_workspace(linear_backward_workspace(in[0].dtype, n, k), [&](void* workspace) {
+      linear_backward({.x = x.view(),
+                       .weight = in[1],
+                       .grad_y = grad_out[0],
+                       .grad_x = grad_in[0],
+                       .grad_weight = grad_in[1],
+                       .grad_bias = grad_in[2],
+                       .gelu_input = in[0],
                        .workspace = workspace},
                       exec);
     });
@@ -251,26 +307,42 @@ OpCase residual_norm_case(const Size& s) {
   return o;
 }
 
-OpCase pool_case(const Size& s, bool position, bool accumulate) {
-  const int64_t rows = s.batch.rows(), sparse_rows = s.batch.sparse_rows(), n = s.batch.dense[0].tokens();
+// The norm behind an exchange: its shift and scale are the last two inputs, its result is the last output.
+void add_norm(OpCase& o, const Size& s, int64_t rows) {
+  o.inputs.insert(o.inputs.end(), {{"shift", s.batch.size(), s.c, false}, {"scale", s.batch.size(), s.c, false}});
+  o.outputs.push_back({"normed", rows, s.c, false});
+}
+std::vector<Values> with_norm(const Values& out, const std::vector<Values>& in, const naive::Grids& grids) {
+  return {out, naive::modulated_layer_norm(out, in[in.size() - 2], in[in.size() - 1], grids)};
+}
+
+OpCase pool_case(const Size& s, bool position, bool accumulate, bool normed = false) {
+  const int64_t rows = s.batch.rows(), sparse_rows = s.batch.sparse_rows();
   OpCase o{.op = "pool_tokens",
-           .variant = label(s, std::string(position ? "position" : "") + (accumulate ? "accumulate" : "")),
+           .variant = label(s, std::string(position ? "position" : "") + (accumulate ? "accumulate" : "") +
+                                   (normed ? " normed" : "")),
            .inputs = {{"x", rows, s.c, true, true}},
            .outputs = {{"out", sparse_rows, s.c, true, true}}};
-  if (position) o.inputs.push_back({"position", n, s.c, false, false, true});
+  if (position) o.inputs.push_back({"position", s.batch.position_rows(), s.c, false, false, true});
   if (accumulate) o.outputs.push_back({kCopy, rows, s.c});
+  if (normed) add_norm(o, s, sparse_rows);
   o.naive = [=](const std::vector<Values>& in) {
-    const Values out = naive::pool_tokens(in[0], position ? in[1] : Values(), s.batch.dense, s.batch.sparse);
+    const naive::Position table{position ? in[1] : Values(), s.batch.position_offset};
+    const Values out = naive::pool_tokens(in[0], table, s.batch.dense, s.batch.sparse);
+    if (normed) return with_norm(out, in, s.batch.sparse);
     return accumulate ? std::vector{out, in[0]} : std::vector{out};
   };
   o.forward = [=](const Views& in, const Views& out, const Execution& exec) {
     const HostLayout layout = s.batch.layout(), sparse_layout = s.batch.sparse_layout();
     if (accumulate) copy(in[0], out[1]);
     pool_tokens({.x = in[0],
-                 .position = position ? in[1] : Matrix{},
+                 .position = s.batch.positions(position ? in[1] : Matrix{}),
                  .layout = layout.view(),
                  .sparse_layout = sparse_layout.view(),
-                 .out = out[0]},
+                 .out = out[0],
+                 .shift = normed ? in[in.size() - 2] : Matrix{},
+                 .scale = normed ? in[in.size() - 1] : Matrix{},
+                 .normed = normed ? out[1] : Matrix{}},
                 exec);
   };
   o.backward = [=](const Views&, const Views& grad_out, const Views& grad_in, const Execution& exec) {
@@ -287,32 +359,28 @@ OpCase pool_case(const Size& s, bool position, bool accumulate) {
 }
 
 OpCase gather_case(const Size& s, bool position, bool normed) {
-  const int64_t rows = s.batch.rows(), b = s.batch.size(), n = s.batch.dense[0].tokens(), c = s.c;
+  const int64_t rows = s.batch.rows(), c = s.c;
   OpCase o{.op = "gather_sparse",
            .variant = label(s, std::string(position ? "position" : "") + (normed ? " normed" : "")),
            .inputs = {{"s", s.batch.sparse_rows(), c}, {"x", rows, c, false, true}},
            .outputs = {{"out", rows, c, true, true}}};
-  if (position) o.inputs.push_back({"position", n, c, false, false, true});
-  if (normed) {
-    o.inputs.insert(o.inputs.end(), {{"shift", b, c, false}, {"scale", b, c, false}});
-    o.outputs.push_back({"normed", rows, c, false});
-  }
-  const size_t shift = position ? 3 : 2;
+  if (position) o.inputs.push_back({"position", s.batch.position_rows(), c, false, false, true});
+  if (normed) add_norm(o, s, rows);
   o.naive = [=](const std::vector<Values>& in) {
-    const Values out = naive::gather_sparse(in[0], in[1], position ? in[2] : Values(), s.batch.dense, s.batch.sparse);
-    if (!normed) return std::vector{out};
-    return std::vector{out, naive::modulated_layer_norm(out, in[shift], in[shift + 1], s.batch.dense)};
+    const naive::Position table{position ? in[2] : Values(), s.batch.position_offset};
+    const Values out = naive::gather_sparse(in[0], in[1], table, s.batch.dense, s.batch.sparse);
+    return normed ? with_norm(out, in, s.batch.dense) : std::vector{out};
   };
   o.forward = [=](const Views& in, const Views& out, const Execution& exec) {
     const HostLayout layout = s.batch.layout(), sparse_layout = s.batch.sparse_layout();
     gather_sparse({.s = in[0],
                    .x = in[1],
-                   .position = position ? in[2] : Matrix{},
+                   .position = s.batch.positions(position ? in[2] : Matrix{}),
                    .layout = layout.view(),
                    .sparse_layout = sparse_layout.view(),
                    .out = out[0],
-                   .shift = normed ? in[shift] : Matrix{},
-                   .scale = normed ? in[shift + 1] : Matrix{},
+                   .shift = normed ? in[in.size() - 2] : Matrix{},
+                   .scale = normed ? in[in.size() - 1] : Matrix{},
                    .normed = normed ? out[1] : Matrix{}},
                   exec);
   };
@@ -329,15 +397,15 @@ OpCase position_case(const Size& s) {
   const int64_t rows = s.batch.rows();
   OpCase o{.op = "add_position",
            .variant = label(s),
-           .inputs = {{kStart, rows, s.c}, {"position", s.batch.dense[0].tokens(), s.c}},
+           .inputs = {{kStart, rows, s.c}, {"position", s.batch.position_rows(), s.c}},
            .outputs = {{"x", rows, s.c, true, true}}};
   o.naive = [=](const std::vector<Values>& in) {
-    return std::vector{naive::add_position(in[0], in[1], s.batch.dense)};
+    return std::vector{naive::add_position(in[0], {in[1], s.batch.position_offset}, s.batch.dense)};
   };
   o.forward = [=](const Views& in, const Views& out, const Execution& exec) {
     const HostLayout layout = s.batch.layout();
     if (out[0]) copy(in[0].columns(0, out[0].cols), out[0]);
-    add_position({.x = out[0], .position = in[1], .layout = layout.view()}, exec);
+    add_position({.x = out[0], .position = s.batch.positions(in[1]), .layout = layout.view()}, exec);
   };
   return o;
 }
@@ -378,9 +446,20 @@ OpCase attention_case(const Batch& batch, int64_t c, int64_t num_heads) {
 
 std::vector<OpCase> linear_cases() {
   constexpr auto none = Activation::none, gelu = Activation::gelu_tanh;
-  return {linear_case(19, 24, 72, true, none, false), linear_case(1, 48, 7, true, none, false),
-          linear_case(5, 7, 48, false, none, true),   linear_case(33, 72, 48, true, gelu, false),
-          linear_case(3, 1, 5, true, none, false),    linear_case(4, 6, 1, true, none, true)};
+  return {linear_case(19, 24, 72, true, none, false),
+          linear_case(1, 48, 7, true, none, false),
+          linear_case(5, 7, 48, false, none, true),
+          linear_case(33, 72, 48, true, gelu, false),
+          linear_case(3, 1, 5, true, none, false),
+          linear_case(4, 6, 1, true, none, true),
+          kept_case(33, 72, 48, true),
+          kept_case(5, 16, 24, false),
+          kept_case(4, 7, 9, true),
+          kept_case(1, 6, 3, false),
+          gelu_input_case(33, 48, 72),
+          gelu_input_case(6, 9, 16),
+          gelu_input_case(5, 8, 7),
+          gelu_input_case(1, 3, 6)};
 }
 
 std::vector<OpCase> elementwise_cases() {
@@ -401,9 +480,10 @@ std::vector<OpCase> exchange_cases() {
   std::vector<OpCase> cases;
   for (const Size& s : kSizes)
     for (bool flag : {false, true}) cases.insert(cases.end(), {pool_case(s, false, flag), gather_case(s, false, flag)});
-  for (const Size& s : {Size{kSameCount, 48}, Size{kOneSample, 7}})
-    cases.insert(cases.end(), {pool_case(s, true, false), gather_case(s, true, false), gather_case(s, true, true),
-                               position_case(s)});
+  for (const Size& s : kSizes) cases.push_back(pool_case(s, false, false, true));
+  for (const Size& s : {Size{kSameCount, 48}, Size{kOneSample, 7}, Size{kTables, 48}, Size{kTables, 7}})
+    cases.insert(cases.end(), {pool_case(s, true, false), pool_case(s, true, false, true), gather_case(s, true, false),
+                               gather_case(s, true, true), position_case(s)});
   return cases;
 }
 

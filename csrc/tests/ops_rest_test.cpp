@@ -205,6 +205,36 @@ TEST_CASE(other_arguments) {
   CHECK(says(norm_error([](auto& p) { p.x.dtype = DType::float16; }), op, "x is float16"));
   CHECK(says(argument_error([&] { modulated_layer_norm(norm, {.device = Device::cuda}); }), op, "CUDA"));
 
+  Tensor weight(Values(5, 6), DType::float32), product(8, 5, DType::float32), before(8, 5, DType::float32);
+  const Linear layer{.x = x.view(), .weight = weight.view(), .y = product.view()};
+  const auto linear_error = [&](auto change) {
+    Linear p = layer;
+    change(p);
+    return argument_error([&] { linear(p, {}); });
+  };
+  CHECK(linear_error([](auto&) {}).empty());
+  CHECK(says(linear_error([&](auto& p) { p.pre_activation = before.view(); }), "linear",
+             "pre_activation needs an activation"));
+  CHECK(says(linear_error([&](auto& p) {
+               p.pre_activation = before.view().row_range(0, 7), p.activation = Activation::gelu_tanh;
+             }),
+             "linear", "pre_activation is [7, 5], must be [8, 5]"));
+  CHECK(says(linear_error([](auto& p) { p.x.cols = p.weight.cols = 0; }), "linear", "weight is [5, 0], must have"));
+  Tensor grad(8, 6, DType::float32);
+  const LinearBackward back{
+      .x = x.view(), .weight = weight.view(), .grad_y = product.view(), .grad_x = grad.view(), .gelu_input = x.view()};
+  const auto backward_error = [&](auto change) {
+    LinearBackward p = back;
+    change(p);
+    return argument_error([&] { linear_backward(p, {}); });
+  };
+  CHECK(backward_error([](auto&) {}).empty());
+  CHECK(says(backward_error([](auto& p) { p.grad_x = {}; }), "linear_backward", "gelu_input needs grad_x"));
+  CHECK(says(backward_error([](auto& p) { p.accumulate_grad_x = true; }), "linear_backward",
+             "gelu_input does not go with accumulate_grad_x"));
+  CHECK(says(backward_error([](auto& p) { p.gelu_input.cols = 5; }), "linear_backward",
+             "gelu_input is [8, 5], must be [8, 6]"));
+
   PoolTokens pool{.x = y.view(), .layout = larger.view(), .sparse_layout = two.view(), .out = x.view()};
   pool.layout = two.view(), pool.sparse_layout = larger.view();
   CHECK(says(argument_error([&] { pool_tokens(pool, {}); }), "pool_tokens", "sparse grid of sample 0"));
@@ -213,6 +243,14 @@ TEST_CASE(other_arguments) {
       says(argument_error([&] { pool_tokens(pool, {}); }), "pool_tokens", "sparse_layout has 3 samples, must have 2"));
   pool.sparse_layout = two.view(), pool.position = m.view();
   CHECK(says(argument_error([&] { pool_tokens(pool, {}); }), "pool_tokens", "position has 2 rows"));
+  const int32_t offsets[] = {1, 5};
+  pool.position = {y.view(), offsets};
+  CHECK(argument_error([&] { pool_tokens(pool, {}); }).empty());
+  pool.position.rows = y.view().row_range(0, 8);
+  CHECK(says(argument_error([&] { pool_tokens(pool, {}); }), "pool_tokens",
+             "position has 8 rows, sample 1 has 4 tokens from row 5 on"));
+  pool.position = {}, pool.scale = m.view();
+  CHECK(says(argument_error([&] { pool_tokens(pool, {}); }), "pool_tokens", "shift is missing"));
 
   Attention a{.q = x.view(),
               .k = x.view(),

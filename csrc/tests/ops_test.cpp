@@ -1,91 +1,14 @@
-// Every operation: forward against naive loops, backward against finite differences, both in float64; then float32
-// and bfloat16 against float64. Outputs start as NaN, lie in guarded memory, contiguous and as columns of a wider
-// matrix.
+// Every operation on the CPU: forward against naive loops, backward against finite differences, both in float64; then
+// float32 and bfloat16 against float64, contiguous and strided, on one thread and on two.
 #include <cstdlib>
 
-#include "check.h"
 #include "cpu/kernels.h"
-#include "op_case.h"
+#include "run_case.h"
 
 using namespace flexdit;
 using namespace flexdit::test;
 
 namespace {
-
-// Largest allowed error, relative to the largest magnitude of the result (at least 1): float64 forward against the
-// naive loops and backward against finite differences; then against float64. Behind each line the largest seen on
-// an AMD EPYC (AVX-512, AVX2, baseline), 2026-11-22.
-struct Tolerance {
-  const char* op;
-  double float64[2], float32[2], bfloat16[2];  // forward, backward
-};
-constexpr Tolerance kTolerances[] = {
-    {"linear", {1e-14, 3e-9}, {1e-6, 1e-6}, {8e-3, 8e-3}},  // 1.6e-16 3.0e-11, 1.5e-7 7.4e-8, 2.7e-3 2.4e-3
-    {"gelu", {1e-14, 3e-9}, {1e-6, 1e-6}, {8e-3, 8e-3}},    // 1.1e-16 3.1e-12, 7.1e-8 5.7e-8, 1.9e-3 1.9e-3
-    {"silu", {1e-14, 3e-9}, {1e-6, 1e-6}, {8e-3, 8e-3}},    // 1.1e-16 1.7e-12, 6.9e-8 8.2e-8, 1.8e-3 1.7e-3
-    {"modulated_layer_norm",
-     {1e-14, 3e-9},
-     {1e-6, 1e-6},
-     {8e-3, 8e-3}},                                                 // 6.4e-16 6.8e-10, 1.5e-7 1.6e-7, 2.9e-3 3.3e-3
-    {"modulated_mean", {1e-14, 3e-9}, {1e-6, 1e-6}, {8e-3, 8e-3}},  // 6.1e-16 1.4e-10, 1.3e-7 1.3e-7, 2.4e-3 3.3e-3
-    {"gated_residual", {1e-14, 3e-9}, {1e-6, 1e-6}, {8e-3, 8e-3}},  // 5.2e-16 1.6e-10, 2.1e-7 6.5e-8, 5.4e-3 3.1e-3
-    {"pool_tokens", {1e-14, 3e-9}, {1e-6, 1e-6}, {8e-3, 8e-3}},     // 5.6e-17 7.3e-11, 2.0e-8 6.2e-8, 2.0e-3 2.9e-3
-    {"gather_sparse", {1e-14, 3e-9}, {1e-6, 1e-6}, {8e-3, 8e-3}},   // 6.1e-16 5.6e-10, 1.6e-7 0, 5.1e-3 3.9e-3
-    {"add_position", {1e-14, 3e-9}, {1e-6, 1e-6}, {8e-3, 8e-3}},    // 0, 0, 2.3e-3
-    {"attention", {1e-14, 3e-9}, {1e-6, 1e-6}, {8e-3, 8e-3}},       // 3.2e-16 3.2e-11, 1.1e-7 1.9e-7, 1.8e-3 2.0e-3
-};
-
-const Tolerance& tolerance_of(const std::string& op) {
-  for (const Tolerance& t : kTolerances)
-    if (op == t.op) return t;
-  throw std::runtime_error(op + " is not in the table of tolerances");
-}
-
-struct Result {
-  std::vector<Values> outputs, gradients;  // empty values where there is no gradient
-};
-
-std::vector<Tensor> tensors_of(const std::vector<Field>& fields, DType dtype, bool strided) {
-  std::vector<Tensor> out;
-  for (const Field& f : fields)
-    out.emplace_back(f.rows, f.cols, f.accumulation ? accumulation_type(dtype) : dtype, strided);
-  return out;
-}
-
-// Views of all tensors, empty ones for fields without a gradient when `differentiable`.
-Views views_of(std::vector<Tensor>& tensors, const std::vector<Field>& fields, bool differentiable) {
-  Views out;
-  for (size_t i = 0; i < tensors.size(); ++i)
-    out.push_back(differentiable && !fields[i].differentiable ? Matrix{} : tensors[i].view());
-  return out;
-}
-
-void check_guards(const OpCase& c, const std::vector<Tensor>& tensors) {
-  for (const Tensor& t : tensors) CHECK_NOTE(t.guards_intact(), c.op, " ", c.variant);
-}
-
-Result run(const OpCase& c, const std::vector<Values>& in, const std::vector<Values>& grad_out, DType dtype,
-           bool strided, int threads) {
-  const Execution exec{.threads = threads};
-  std::vector<Tensor> inputs, outputs = tensors_of(c.outputs, dtype, strided), grads_out;
-  std::vector<Tensor> grads_in = tensors_of(c.inputs, dtype, strided);
-  for (const Values& v : in) inputs.emplace_back(v, dtype, strided);
-  for (const Values& v : grad_out) grads_out.emplace_back(v, dtype, strided);
-
-  Result result;
-  c.forward(views_of(inputs, c.inputs, false), views_of(outputs, c.outputs, false), exec);
-  for (Tensor& t : outputs) result.outputs.push_back(t.values());
-  if (c.backward) {
-    c.backward(views_of(inputs, c.inputs, false), views_of(grads_out, c.outputs, true),
-               views_of(grads_in, c.inputs, true), exec);
-    for (size_t i = 0; i < in.size(); ++i)
-      result.gradients.push_back(c.inputs[i].differentiable ? grads_in[i].values() : Values());
-  }
-  for (const auto* tensors : {&inputs, &outputs, &grads_out, &grads_in}) check_guards(c, *tensors);
-  for (size_t i = 0; i < in.size(); ++i)
-    CHECK_NOTE(identical(inputs[i].values(), in[i]), c.op, " ", c.variant, " changed ", c.inputs[i].name);
-  return result;
-}
 
 double worst(const std::vector<Values>& a, const std::vector<Values>& b) {
   double largest = 0;
@@ -116,7 +39,7 @@ double gradient_error(const OpCase& c, std::vector<Values> in, const std::vector
 }
 
 struct Errors {
-  double float64[2] = {}, float32[2] = {}, bfloat16[2] = {};
+  double float64[2] = {}, float32[2] = {}, bfloat16[2] = {};  // forward, backward
 };
 
 void raise(double& largest, double value, double allowed, const OpCase& c, const char* what) {
@@ -125,33 +48,24 @@ void raise(double& largest, double value, double allowed, const OpCase& c, const
 }
 
 void check_case(const OpCase& c, Errors& seen) {
-  uint64_t seed = 0;
-  for (char letter : c.op + c.variant) seed = 31 * seed + static_cast<unsigned char>(letter);
-  Random random(seed);
-  std::vector<Values> in, grad_out;
-  for (const Field& f : c.inputs) in.push_back(random_values(f.rows, f.cols, random));
-  for (const Field& f : c.outputs) grad_out.push_back(random_values(f.rows, f.cols, random));
-  const Tolerance& allowed = tolerance_of(c.op);
-
-  const Result exact = run(c, in, grad_out, DType::float64, false, 1);
-  raise(seen.float64[0], worst(exact.outputs, c.naive(in)), allowed.float64[0], c, "float64 forward");
+  const Inputs given = inputs_of(c);
+  const Result exact = run(c, given, DType::float64, false, {.threads = 1});
+  raise(seen.float64[0], worst(exact.outputs, c.naive(given.in)), bound(DType::float64), c, "float64 forward");
+  Random random(1);
   if (c.backward)
-    raise(seen.float64[1], gradient_error(c, in, grad_out, exact.gradients, random), allowed.float64[1], c,
+    raise(seen.float64[1], gradient_error(c, given.in, given.grad_out, exact.gradients, random), kDerivativeBound, c,
           "float64 backward");
-  const Result strided = run(c, in, grad_out, DType::float64, true, 2);
-  for (size_t i = 0; i < exact.outputs.size(); ++i)
-    CHECK_NOTE(identical(strided.outputs[i], exact.outputs[i]), c.op, " ", c.variant, " output ", i);
-  for (size_t i = 0; i < exact.gradients.size(); ++i)
-    CHECK_NOTE(identical(strided.gradients[i], exact.gradients[i]), c.op, " ", c.variant, " gradient ", i);
+  const Result strided = run(c, given, DType::float64, true, {.threads = 2});
+  check_identical(strided.outputs, exact.outputs, c.op + " " + c.variant + " output");
+  check_identical(strided.gradients, exact.gradients, c.op + " " + c.variant + " gradient");
 
-  for (bool wide : {false, true}) {
-    const Result single = run(c, in, grad_out, DType::float32, wide, wide ? 2 : 1);
-    raise(seen.float32[0], worst(single.outputs, exact.outputs), allowed.float32[0], c, "float32 forward");
-    raise(seen.float32[1], worst(single.gradients, exact.gradients), allowed.float32[1], c, "float32 backward");
-    const Result half = run(c, in, grad_out, DType::bfloat16, wide, wide ? 2 : 1);
-    raise(seen.bfloat16[0], worst(half.outputs, exact.outputs), allowed.bfloat16[0], c, "bfloat16 forward");
-    raise(seen.bfloat16[1], worst(half.gradients, exact.gradients), allowed.bfloat16[1], c, "bfloat16 backward");
-  }
+  for (bool wide : {false, true})
+    for (DType dtype : {DType::float32, DType::bfloat16}) {
+      const Result got = run(c, given, dtype, wide, {.threads = wide ? 2 : 1});
+      double* largest = dtype == DType::float32 ? seen.float32 : seen.bfloat16;
+      raise(largest[0], worst(got.outputs, exact.outputs), bound(dtype), c, "forward");
+      raise(largest[1], worst(got.gradients, exact.gradients), bound(dtype), c, "backward");
+    }
 }
 
 void check_cases(const std::vector<OpCase>& cases) {
@@ -194,7 +108,7 @@ void check_arguments(const OpCase& c) {
   };
   if (!real(c.outputs) || c.in_place) return;
   Random random(1);
-  std::vector<Tensor> inputs, outputs = tensors_of(c.outputs, DType::float32, true);
+  std::vector<Tensor> inputs, outputs = tensors_of(c.outputs, nullptr, DType::float32, true);
   for (const Field& f : c.inputs) inputs.emplace_back(random_values(f.rows, f.cols, random), DType::float32, true);
   Views in = views_of(inputs, c.inputs, false), out = views_of(outputs, c.outputs, false);
   const auto forward = [&] { c.forward(in, out, {}); };
@@ -202,7 +116,7 @@ void check_arguments(const OpCase& c) {
     if (is_field(c.inputs[i])) check_field(c, c.op, c.inputs[i], c.inputs[i].name, in[i], forward);
   for (size_t i = 0; i < out.size(); ++i) check_field(c, c.op, c.outputs[i], c.outputs[i].name, out[i], forward);
   if (!c.backward) return;
-  std::vector<Tensor> grads = tensors_of(c.inputs, DType::float32, true);
+  std::vector<Tensor> grads = tensors_of(c.inputs, nullptr, DType::float32, true);
   Views grad_out = views_of(outputs, c.outputs, true), grad_in = views_of(grads, c.inputs, true);
   const auto backward = [&] { c.backward(in, grad_out, grad_in, {}); };
   const auto check_gradient = [&](const Field& field, Matrix& view, bool optional) {

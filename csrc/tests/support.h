@@ -117,10 +117,14 @@ class Tensor {
         dtype_(dtype),
         bytes_(static_cast<size_t>((rows + 2) * stride_ * size_of(dtype)), kPoison) {}
   Tensor(const Values& values, DType dtype, bool strided = false) : Tensor(values.rows, values.cols, dtype, strided) {
-    for (int64_t i = 0; i < rows_; ++i)
-      for (int64_t j = 0; j < cols_; ++j) write(at(i, j), dtype, values(i, j));
+    fill(values);
   }
 
+  // Writes the first rows.
+  void fill(const Values& values) {
+    for (int64_t i = 0; i < values.rows; ++i)
+      for (int64_t j = 0; j < cols_; ++j) write(at(i, j), dtype_, values(i, j));
+  }
   Matrix view() { return {at(0, 0), rows_, cols_, stride_, dtype_}; }
   void* data() { return at(0, 0); }
   Values values() {

@@ -38,6 +38,21 @@ struct BlockShape {
   DType dtype = DType::float32;
 };
 
+// The modulated layer norm of `out` that whoever reads it next begins with.
+struct NextNorm {
+  Matrix shift, scale;  // [B, C]
+  Matrix normed;        // [rows, C], written
+};
+
+// What inference can bring along, each of it or nothing; not together with a context.
+struct BlockPrepared {
+  Matrix modulation;                          // [B, 6C] instead of a condition
+  Matrix folded_weight, folded_bias;          // pooling: W_o W_v [C, C] and W_o b_v + b_o [1, C]
+  std::span<const PackedWeight* const> packed;  // of each parameter, or null
+  Matrix normed_x, normed_other;              // mod1(x), not for pooling and recovery; mod1(other)
+  NextNorm next;
+};
+
 struct BlockForward {
   BlockShape shape;
   std::span<const Matrix> parameters;
@@ -45,11 +60,12 @@ struct BlockForward {
   TokenLayout other_layout;   // of other
   Matrix x;                   // [rows, C]
   Matrix other;               // [other_rows, C] or empty
-  Matrix condition;           // [B, C]: t_emb + y_emb
+  Matrix condition;           // [B, C]: t_emb + y_emb; empty with a prepared modulation
   PositionTable position;     // recovery with reinject_position, else empty
   Matrix out;                 // [rows, C], written; must not be x
   void* context = nullptr;    // block_context_bytes(shape) for backward, or null: nothing is kept
   void* workspace = nullptr;  // block_workspace_bytes(shape, context != nullptr)
+  BlockPrepared prepared = {};
 };
 
 struct BlockBackward : BlockForward {  // out is not used, context is read
@@ -74,9 +90,11 @@ struct FinalLayerForward {
   std::span<const Matrix> parameters;
   TokenLayout layout;
   Matrix x;                   // [R, C]
-  Matrix condition;           // [B, C]
+  Matrix condition;           // [B, C], or empty
   Matrix out;                 // [R, P], written
   void* workspace = nullptr;  // final_layer_workspace_bytes
+  Matrix modulation = {};     // [B, 2C] instead of a condition, in inference
+  Matrix normed = {};         // [R, C] the modulated layer norm of x, if it is there already
 };
 struct FinalLayerBackward : FinalLayerForward {  // out is not used
   Matrix grad_out;                               // [R, P]

@@ -1,5 +1,5 @@
 // The full model, forward and backward: embedding, pooling blocks, sparse-dense token modules, dense blocks, final
-// layer. All buffers belong to the caller.
+// layer. All buffers belong to the caller and lie on exec's device.
 #pragma once
 
 #include "flexdit/block.h"
@@ -25,40 +25,73 @@ struct Config {
   Grid dense_grid() const {
     return {1, static_cast<int32_t>(input_height / patch_size), static_cast<int32_t>(input_width / patch_size)};
   }
+  bool operator==(const Config&) const = default;
 };
 
 // All parameters, named as in flexdit_ext's state_dict, in the order that Model takes them. pos_embed comes first
 // and has no gradient.
 std::vector<ParameterSpec> model_parameters(const Config& config);
 
+// The kinds of the blocks in the order that the model runs and model_parameters lists them.
+std::vector<BlockKind> model_blocks(const Config& config);
+
 // Multiply-accumulates of a forward pass of one sample whose sparse tokens form `sparse`, as this library computes
 // them: every linear layer and the attention scores, identities 1 and 2 of method.md used.
 int64_t model_macs(const Config& config, Grid sparse);
+
+// What a sampler computes once and brings along in inference, each of it or nothing.
+struct ModelPrepared {
+  Matrix modulation;  // [B, model_modulation_columns]: instead of t and labels
+  std::span<const Matrix> folded;               // of each pooling block W_o W_v [C, C] and W_o b_v + b_o [1, C]
+  std::span<const PackedWeight* const> packed;  // of each parameter, or null
+};
 
 struct ModelForward {
   Config config;
   std::span<const Matrix> parameters;
   DType dtype = DType::float32;
   int64_t batch = 0;
-  const void* x = nullptr;          // [B, in_channels, H, W], contiguous, of dtype
+  const void* x = nullptr;          // packed images [in_channels, H, W] of dtype: [B, in_channels, H, W] for one size
   const double* t = nullptr;        // [B] timesteps
   Matrix timestep_features;         // [B, F] instead of t, or empty
   const int64_t* labels = nullptr;  // [B]
+  TokenLayout layout;               // of the samples' dense tokens; on the CPU it may be empty: config's grid for all
   TokenLayout sparse_layout;        // of the samples' sparse tokens; empty without modules
-  void* out = nullptr;              // [B, out_channels, H, W], contiguous, written
-  void* context = nullptr;          // model_context_bytes, or null: nothing is kept
-  void* workspace = nullptr;        // model_workspace_bytes
+  int64_t rows = 0, sparse_rows = 0;  // of token buffers, at least the layouts' totals; 0: the total, read on the host
+  PositionTable positions;            // for samples with other dense grids than config's, or empty: pos_embed for all
+  void* out = nullptr;                // packed images [out_channels, H, W], written
+  void* context = nullptr;            // model_context_bytes, or null: nothing is kept
+  void* workspace = nullptr;          // model_workspace_bytes
+  ModelPrepared prepared = {};
 };
 struct ModelBackward : ModelForward {       // out is not used, context is read
-  const void* grad_out = nullptr;           // [B, out_channels, H, W], contiguous
-  void* grad_x = nullptr;                   // [B, in_channels, H, W], contiguous, written, or null
+  const void* grad_out = nullptr;           // as out
+  void* grad_x = nullptr;                   // as x, written, or null
   std::span<const Matrix> grad_parameters;  // written; an empty view is not computed
 };
 
+// Sizes depend on config, dtype, batch, layouts and rows, and on which of `prepared` there is; pointers are not read,
+// except tables whose rows are 0.
 int64_t model_context_bytes(const ModelForward& p);
 int64_t model_workspace_bytes(const ModelForward& p, bool keeps_context);
 int64_t model_backward_workspace_bytes(const ModelForward& p);
 void model_forward(const ModelForward& p, const Execution& exec);
 void model_backward(const ModelBackward& p, const Execution& exec);
+
+// The modulations of all blocks and of the final layer, 6 C columns for each block, then 2 C: one product for all
+// timesteps and labels of a trajectory (identity 3 of method.md).
+int64_t model_modulation_columns(const Config& config);
+struct ModelModulation {
+  Config config;
+  std::span<const Matrix> parameters;  // of the model; only the condition's are read
+  Matrix weight, bias;                 // all modulation layers, one below the other: [columns, C], [1, columns]
+  const PackedWeight* packed = nullptr;
+  const double* t = nullptr;        // [S]
+  const int64_t* labels = nullptr;  // [S]
+  Matrix out;                       // [S, columns], written
+  void* workspace = nullptr;        // model_modulation_workspace_bytes
+};
+int64_t model_modulation_workspace_bytes(const Config& config, int64_t samples, DType dtype);
+void model_modulation(const ModelModulation& p, const Execution& exec);
 
 }  // namespace flexdit

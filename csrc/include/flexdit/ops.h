@@ -4,6 +4,8 @@
 // Every function throws ArgumentError, naming the field, when views do not fit together.
 #pragma once
 
+#include <memory>
+
 #include "flexdit/layout.h"
 #include "flexdit/schedule.h"
 #include "flexdit/tensor.h"
@@ -12,6 +14,16 @@ namespace flexdit {
 
 constexpr double kLayerNormEps = 1e-6;
 
+// A weight [N, K] in the order of oneDNN's choice, which saves a pass over it in every product. CPU only, float32 and
+// bfloat16; a product with it is the same to the bit.
+class PackedWeight;
+struct PackedWeightDeleter {
+  void operator()(const PackedWeight* weight) const;
+};
+using PackedWeightPointer = std::unique_ptr<const PackedWeight, PackedWeightDeleter>;
+// Null where there is nothing to gain: on a GPU, in float64, and in bfloat16 without the instructions.
+PackedWeightPointer pack_weight(const Matrix& weight, const Execution& exec);
+
 // y = activation(x weight^T + bias)
 enum class Activation : uint8_t { none, gelu_tanh };
 struct Linear {
@@ -19,8 +31,9 @@ struct Linear {
   Matrix weight;  // [N, K]
   Matrix bias;    // [1, N] or empty
   Matrix y;       // [M, N], written
+  const PackedWeight* packed = nullptr;  // the weight packed, or null; with it weight's data is not read
   Activation activation = Activation::none;
-  Matrix pre_activation;  // [M, N], x weight^T + bias, written for a backward to come, or empty
+  Matrix pre_activation;  // [M, N], x weight^T + bias where y is its GELU, written for a backward to come, or empty
 };
 struct LinearBackward {
   Matrix x;            // [M, K]
@@ -30,7 +43,7 @@ struct LinearBackward {
   Matrix grad_weight;  // [N, K], written, or empty
   Matrix grad_bias;    // [1, N], written, or empty
   bool accumulate_grad_x = false;
-  Matrix gelu_input;          // [M, K]: x is GELU of it, and grad_x becomes its gradient; or empty
+  Matrix gelu_input;          // [M, K]: x is GELU of it, and grad_x, not accumulated, becomes its gradient; or empty
   void* workspace = nullptr;  // linear_backward_workspace() bytes
 };
 // Sums over the rows are kept in float32 [N, K] while grad_weight is stored in bfloat16 or float16.
@@ -189,7 +202,7 @@ struct Elementwise {
 struct GeluBackward {
   Matrix x;
   Matrix grad_y;
-  Matrix y;       // GELU(x) again, written
+  Matrix y;       // GELU(x) again, written, or empty
   Matrix grad_x;  // written; may be grad_y
 };
 struct SiluBackward {
@@ -301,14 +314,13 @@ struct GuidanceCombine {
 };
 void guidance_combine(const GuidanceCombine& p, const Execution& exec);
 
-// out[b] = table[*index * B + b]: the rows of one step out of a trajectory's, the step's number being on the device, so
-// that a captured graph serves every step.
-struct TakeRows {
-  Matrix table;  // [steps * B, C]
-  const int32_t* index = nullptr;
-  Matrix out;  // [B, C], written
+// out[b] = C values from rows[b]: rows of several tables, whose addresses lie on the device, so that a captured graph
+// serves every step.
+struct GatherRows {
+  const void* const* rows = nullptr;  // [B] on exec's device
+  Matrix out;                         // [B, C], written
 };
-void take_rows(const TakeRows& p, const Execution& exec);
+void gather_rows(const GatherRows& p, const Execution& exec);
 
 // table = the layout of sparse tokens that the schedule gives to timesteps t.
 struct SelectTokens {
