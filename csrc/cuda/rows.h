@@ -111,9 +111,18 @@ __device__ __forceinline__ void normalize(const Row<T, V>& x, const Norm& norm, 
 
 // Where rows come from is what the operations differ in. A source has
 //   template <class T, int V> Row<T, V> row_at(const TokenLayout&, int64_t sample, int64_t r, int cols) const
-// and what it returns goes to `out` (unless empty) and to the norm (unless empty).
+// and what it returns goes to `out` (unless empty) and to the norm (unless empty). It may say how many blocks a
+// multiprocessor must have room for: left to itself the compiler spares registers, and then spills in some.
+template <class Source>
+constexpr int least_blocks() {
+  if constexpr (requires { Source::kLeastBlocks; })
+    return Source::kLeastBlocks;
+  else
+    return 0;
+}
+
 template <class T, int V, class Source>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, least_blocks<Source>())
     rows_kernel(TokenLayout layout, Source source, Matrix out, Norm norm, int64_t rows, int cols) {
   const int64_t r = row_of_thread<V>();
   if (r >= rows) return;

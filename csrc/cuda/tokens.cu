@@ -108,6 +108,7 @@ __device__ __forceinline__ void add_box(float* sums, const Boxes& p, int64_t sam
 }
 
 struct PooledRows {
+  static constexpr int kLeastBlocks = 3;
   Boxes boxes;
   template <class T, int V>
   __device__ __forceinline__ Row<T, V> row_at(const TokenLayout&, int64_t sample, int64_t r, int cols) const {

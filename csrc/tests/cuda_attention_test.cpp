@@ -217,6 +217,8 @@ TEST_CASE(cross_attention) {
   run({"256 to 64", {256, 256, 256}, {64, 36, 49}, 1, 64, Placement::columns});
   const Lengths queries = from_to(1, 41, 5), keys = reversed(from_to(60, 68));
   run({"ragged both", queries, keys, 2, 24});
+  run({"4096 to 49", {4096}, {49}, 1, 72, Placement::columns, 0, {false, true, false}});
+  run({"49 to 4096", {49}, {4096}, 1, 72, Placement::columns, 0, {false, true, false}});
   run({"one key", {5, 200}, {1, 1}, 1, 72});
   run({"one query", {1, 1}, {5, 200}, 1, 128});
 }

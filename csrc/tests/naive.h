@@ -143,6 +143,23 @@ inline Values add_position(const Values& x, const Position& position, const Grid
   return out;
 }
 
+// Calls body(row, column, value of the packed images) for every value.
+template <class Body>
+void for_patches(const Grids& grids, int64_t channels, int64_t patch, bool channels_last, Body&& body) {
+  for_samples(grids, [&](int64_t b, int64_t first) {
+    const Grid& g = grids[size_t(b)];
+    const int64_t height = g.frames * g.height * patch, width = g.width * patch;
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t y = 0; y < height; ++y)
+        for (int64_t x = 0; x < width; ++x) {
+          const int64_t inside = y % patch * patch + x % patch;
+          const int64_t column = channels_last ? inside * channels + c : c * patch * patch + inside;
+          body(first + y / patch * g.width + x / patch, column,
+               first * channels * patch * patch + (c * height + y) * width + x);
+        }
+  });
+}
+
 // Returns the output and the logarithm of the softmax's denominator.
 inline std::vector<Values> attention(const Values& q, const Values& k, const Values& v, const Grids& grids_q,
                                      const Grids& grids_k, int64_t num_heads) {

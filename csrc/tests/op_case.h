@@ -63,5 +63,9 @@ std::vector<OpCase> elementwise_cases();
 std::vector<OpCase> norm_cases();
 std::vector<OpCase> exchange_cases();
 std::vector<OpCase> attention_cases();
+std::vector<OpCase> end_cases();         // patches, labels
+std::vector<OpCase> model_size_cases();  // of norms, residuals and exchange
+std::vector<OpCase> empty_cases();       // no rows, no samples
+std::vector<OpCase> empty_token_cases();
 
 }  // namespace flexdit::test

@@ -1,5 +1,5 @@
-// What ops_test's pattern does not fit: patches, embeddings, selection of grids, in-place calls, constant rows, and
-// errors other than a field of the wrong shape.
+// What ops_test's pattern does not fit: timesteps, selection of grids, in-place calls, constant rows, and errors other
+// than a field of the wrong shape.
 #include <limits>
 
 #include "check.h"
@@ -16,45 +16,7 @@ bool says(const std::string& message, const std::string& op, const std::string& 
   return message.rfind(op + ": ", 0) == 0 && message.find(part) != std::string::npos;
 }
 
-void check_patches(DType dtype, int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t patch,
-                   bool channels_last) {
-  const int64_t down = height / patch, across = width / patch, values = channels * patch * patch;
-  Random random(7);
-  Tensor image(random_values(batch * channels * height, width, random), dtype),
-      back(batch * channels * height, width, dtype);
-  Tensor rows(batch * down * across, values, dtype, true);
-  const HostLayout layout(batch, {1, int32_t(down), int32_t(across)});
-  Patches p{.image = image.data(),
-            .rows = rows.view(),
-            .layout = layout.view(),
-            .channels = channels,
-            .patch = patch,
-            .channels_last = channels_last};
-  patchify(p, {});
-  const Values pixels = image.values(), got = rows.values();
-  for (int64_t r = 0; r < got.rows; ++r)
-    for (int64_t j = 0; j < values; ++j) {
-      const int64_t c = channels_last ? j % channels : j / (patch * patch);
-      const int64_t inside = channels_last ? j / channels : j % (patch * patch);
-      const int64_t y = r / across % down * patch + inside / patch, x = r % across * patch + inside % patch;
-      CHECK_EQ(got(r, j), pixels((r / (down * across) * channels + c) * height + y, x));
-    }
-  p.image = back.data();
-  unpatchify(p, {});
-  CHECK(identical(back.values(), pixels));
-  CHECK(back.guards_intact() && image.guards_intact() && rows.guards_intact());
-}
-
 }  // namespace
-
-TEST_CASE(patches_to_rows_and_back) {
-  for (DType dtype : kTypes)
-    for (bool channels_last : {false, true}) {
-      check_patches(dtype, 2, 4, 6, 4, 2, channels_last);
-      check_patches(dtype, 1, 3, 5, 7, 1, channels_last);
-      check_patches(dtype, 3, 1, 3, 9, 3, channels_last);
-    }
-}
 
 // The formula in float32 whatever the storage, so float64 and float32 agree to the bit; the angle t w is rounded to
 // 2^-24 of up to 1000.
@@ -73,29 +35,6 @@ TEST_CASE(timesteps) {
       }
     CHECK(wide.guards_intact() && single.guards_intact() && half.guards_intact());
   }
-}
-
-TEST_CASE(labels) {
-  const std::vector<int64_t> labels = {3, 0, 3, 4, 3};
-  for (DType dtype : kTypes)
-    for (int64_t c : {7, 48}) {
-      Random random(3);
-      const Values table = random_values(5, c, random), start = random_values(5, c, random);
-      Tensor stored(table, dtype, true), x(start, dtype, true), grad_table(5, c, dtype, true);
-      label_embedding({.labels = labels.data(), .table = stored.view(), .x = x.view()}, {});
-      label_embedding_backward(
-          {.labels = labels.data(), .grad_out = Tensor(start, dtype).view(), .grad_table = grad_table.view()}, {});
-      Values wanted = start, wanted_grad(5, c);
-      for (int64_t b = 0; b < 5; ++b)
-        for (int64_t i = 0; i < c; ++i) {
-          wanted(b, i) += table(labels[size_t(b)], i);
-          wanted_grad(labels[size_t(b)], i) += start(b, i);
-        }
-      const double allowed = dtype == DType::bfloat16 ? 1.0 / 128 : 1e-6;
-      CHECK_NEAR(error(x.values(), wanted), 0.0, allowed);
-      CHECK_NEAR(error(grad_table.values(), wanted_grad), 0.0, allowed);
-      CHECK(x.guards_intact() && grad_table.guards_intact());
-    }
 }
 
 TEST_CASE(labels_outside_the_table) {

@@ -142,7 +142,19 @@ TEST_CASE(linear_layers) { check_cases(linear_cases()); }
 TEST_CASE(elementwise) { check_cases(elementwise_cases()); }
 TEST_CASE(norms_and_residuals) { check_cases(norm_cases()); }
 TEST_CASE(token_exchange) { check_cases(exchange_cases()); }
+TEST_CASE(ends_of_the_model) { check_cases(end_cases()); }
 TEST_CASE(attentions) { check_cases(attention_cases()); }
+
+TEST_CASE(nothing_to_do) {
+  for (const OpCase& c : empty_cases()) {
+    const Inputs given = inputs_of(c);
+    for (const DType dtype : {DType::float64, DType::float32, DType::bfloat16}) {
+      const Result got = run(c, given, dtype, false, {});
+      check_identical(got.outputs, c.naive(given.in), c.op + " " + c.variant);
+      for (const Values& gradient : got.gradients) CHECK(identical(gradient, Values(gradient.rows, gradient.cols)));
+    }
+  }
+}
 
 TEST_CASE(arguments) {
   for (const auto& cases : {linear_cases(), elementwise_cases(), norm_cases(), exchange_cases(), attention_cases()})

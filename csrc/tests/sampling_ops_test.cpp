@@ -2,10 +2,9 @@
 // definition and as a distribution, the others against plain loops in double, on samples of different sizes.
 #include <functional>
 
-#include "check.h"
 #include "message_of.h"
-#include "naive.h"
 #include "ops/philox.h"
+#include "run_case.h"
 
 using namespace flexdit;
 using namespace flexdit::test;
@@ -139,12 +138,10 @@ State state_of(Random& random) {
   return {random_values(1, values, random), random_values(1, values, random)};
 }
 
-// Where a step computes: storage of the model's output and of the state, and the largest error allowed. Seen,
-// 2026-11-25, in float32: 4.5e-8 on the CPU and 9.6e-8 on the emulator.
+// Where a step computes: storage of the model's output and of the state.
 struct Place {
   const Execution& exec;
   DType dtype, state;
-  double allowed() const { return state == DType::float64 ? 1e-15 : 3e-7; }
 };
 const Place kPlaces[] = {{kCpu, DType::float64, DType::float64},   {kCpu, DType::float32, DType::float64},
                          {kCpu, DType::bfloat16, DType::float64},  {kCpu, DType::float32, DType::float32},
@@ -185,7 +182,7 @@ TEST_CASE(noise_is_as_defined) {
       CHECK(identical(noise_of({seeds[2]}, draw, n, DType::float32, kCuda), rows_of(got, 2, 1)));
     }
   std::printf("  largest error of a float32 kernel's normal value: %.1e\n", worst);
-  CHECK_NEAR(worst, 0.0, 1e-6);
+  CHECK_NEAR(worst, 0.0, bound(DType::float32));
 }
 
 // Of n independent standard normal values each sum below has the standard deviation that divides it, and the largest
@@ -231,7 +228,7 @@ TEST_CASE(denoising_steps) {
       const State got = denoise(setup, output, before, place.dtype, place.state, place.exec);
       const double e = std::max(error(got.x, wanted.x), error(got.x0, wanted.x0));
       if (place.state == DType::float32) worst[&place.exec == &kCuda] = std::max(worst[&place.exec == &kCuda], e);
-      CHECK_NOTE(e <= place.allowed(), name_of(place.dtype), " ", name_of(place.state), " error ", e);
+      CHECK_NOTE(e <= bound(place.state), name_of(place.dtype), " ", name_of(place.state), " error ", e);
       Setup roomy = setup;
       roomy.spare = 300;  // more than a block of threads has
       const State again = denoise(roomy, output, before, place.dtype, place.state, place.exec);
@@ -314,11 +311,7 @@ TEST_CASE(guided_pairs) {
         Tensor got(images, place.dtype, strided);
         guidance_combine({.images = got.view(), .channels = kAll, .guided_channels = kGuided, .scale = scale},
                          place.exec);
-        const double allowed = scale == 0 || scale == 1         ? 0
-                               : place.dtype == DType::float64  ? 1e-15
-                               : place.dtype == DType::float32  ? 2e-7
-                               : place.dtype == DType::bfloat16 ? 4e-3
-                                                                : 5e-4;
+        const double allowed = scale == 0 || scale == 1 ? 0 : bound(place.dtype);
         CHECK_NEAR(error(got.values(), wanted), 0.0, allowed);
         CHECK(got.guards_intact());
       }
