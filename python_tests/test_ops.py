@@ -1,5 +1,5 @@
-"""flexdit_ext.ops, forward and backward, against the ops of the same names in reference.py, evaluated in float64: on the
-CPU, on the emulator and on a GPU. What torch.library asks of them is in test_op_registration.py."""
+"""flexdit_ext.ops, forward and backward, against the ops of the same names in reference.py, evaluated in float64, on
+the CPU, on the emulator and on a GPU. What torch.library asks of them is in test_op_registration.py."""
 
 import math
 from concurrent.futures import ThreadPoolExecutor
