@@ -7,6 +7,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import pytest
 import torch
 from devices import DEVICES, use_device
+from helpers import tiny_model
 
 
 @pytest.fixture(params=DEVICES)
@@ -20,3 +21,11 @@ def backend(request, monkeypatch):
 def device(backend):
     """The torch device of `backend`'s tensors."""
     return torch.device("cuda" if backend == "cuda" else "cpu")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A model and the directory it was saved to."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "saved")
+    return model, tmp_path / "saved"

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexdit_ext import FlexDiT, FlexDiTConfig, reference
+from flexdit_ext import DensitySchedule, FlexDiT, FlexDiTConfig, reference
 from flexdit_ext.convert import released_to_flexdit
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
@@ -134,6 +134,66 @@ def random_model(dtype: torch.dtype = torch.float32, seed: int = 0, **overrides)
             values = randn(*parameter.shape, seed=1000 * seed + i)
             parameter.copy_(values * (values[0].numel() ** -0.5 if values.dim() > 1 else 0.1))
     return model
+
+
+# What the tests of convert.py start from: a dense DiT as deep as LAYOUT.
+DENSE = {"num_pooling_blocks": 0, "num_sdtm": 0, "sdtm_blocks": (1, 3, 1, 1), "num_dense_blocks": 12}
+LAYOUT = {"num_pooling_blocks": 1, "num_sdtm": 2, "sdtm_blocks": (2, 1, 1, 1), "num_dense_blocks": 1}
+
+
+def dit_config(**overrides) -> FlexDiTConfig:
+    return flexdit_config(**(DENSE | overrides))
+
+
+def dit_model(dtype: torch.dtype = torch.float64, **overrides) -> FlexDiT:
+    return random_model(dtype, **(DENSE | overrides))
+
+
+def dit_name(name):
+    """facebookresearch/DiT's name of a dense FlexDiT's tensor, written down apart from the library's table."""
+    for ours, theirs in (
+        ("patch_embed.", "x_embedder.proj."),
+        ("timestep_embed.fc1.", "t_embedder.mlp.0."),
+        ("timestep_embed.fc2.", "t_embedder.mlp.2."),
+        ("label_embed.", "y_embedder.embedding_table."),
+        ("dense_blocks.", "blocks."),
+        (".modulation.", ".adaLN_modulation.1."),
+    ):
+        name = name.replace(ours, theirs)
+    return name
+
+
+def dit_state_dict(model):
+    state_dict = {dit_name(name): tensor for name, tensor in model.state_dict().items()}
+    return state_dict | {"pos_embed": state_dict["pos_embed"][None]}
+
+
+# Small enough to be written to disk hundreds of times: one block of everything, 16 tokens, 8 channels.
+TINY = {
+    "input_size": 8,
+    "in_channels": 1,
+    "hidden_size": 8,
+    "num_classes": 3,
+    "num_sdtm": 1,
+    "sdtm_blocks": (1, 1, 1, 1),
+    "schedule": DensitySchedule([(3, 3), (2, 2)]),
+}
+
+
+def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0, **overrides) -> FlexDiT:
+    return random_model(dtype, seed, **(TINY | overrides))
+
+
+def same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    """Names, dtypes and values, to the bit."""
+    return actual.keys() == expected.keys() and all(
+        tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]) for name, tensor in actual.items()
+    )
+
+
+def assert_same_model(actual: FlexDiT, expected: FlexDiT) -> None:
+    assert actual.config == expected.config
+    assert same_tensors(actual.state_dict(), expected.state_dict())
 
 
 def reference_of(model: FlexDiT, dtype: torch.dtype = torch.float64) -> reference.FlexDiT:
