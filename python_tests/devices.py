@@ -12,14 +12,19 @@ import torch
 
 import flexdit_ext
 from flexdit_ext import _arguments
+from flexdit_ext._core import CUDA_ARCHITECTURES
 
 # `make pytest` builds the emulated module and says where; a bare pytest finds it there if it has been built before.
 EMULATED_FOLDER = Path(os.environ.get("FLEXDIT_EMULATED") or Path(__file__).parents[1] / "build" / "ctest")
 
+NO_GPU = "no GPU" if not torch.cuda.is_available() else "built without CUDA, see `flexdit info`"
 MARKS = {
     "cpu": [],
     "emulated": [],
-    "cuda": [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")],
+    "cuda": [
+        pytest.mark.gpu,
+        pytest.mark.skipif(not (torch.cuda.is_available() and CUDA_ARCHITECTURES), reason=NO_GPU),
+    ],
 }
 DEVICES = [pytest.param(name, marks=marks) for name, marks in MARKS.items()]
 CUDA = DEVICES[1:]

@@ -136,6 +136,21 @@ def random_model(dtype: torch.dtype = torch.float32, seed: int = 0, **overrides)
     return model
 
 
+# What a model may have and lack.
+VARIANTS = {
+    "plain": {},
+    "position again": {"reinject_position": True},
+    "several generation and recovery blocks": {"sdtm_blocks": (2, 1, 2, 0), "reinject_position": True},
+    "no sparse and no dense block": {"sdtm_blocks": (1, 0, 1, 0), "num_dense_blocks": 0, "num_pooling_blocks": 0},
+    "DiT": {"num_sdtm": 0, "num_pooling_blocks": 0, "num_dense_blocks": 3},
+    "pooling only": {"num_sdtm": 0, "num_pooling_blocks": 2, "num_dense_blocks": 0},
+    "noise alone, no null class": {"learn_sigma": False, "class_dropout_prob": 0.0},
+    "patch 1, one channel": {"patch_size": 1, "input_size": 7, "in_channels": 1},
+    "patch 4": {"patch_size": 4, "input_size": 16},
+    "odd head size, narrow MLP": {"hidden_size": 36, "num_heads": 4, "mlp_ratio": 1.5},
+}
+RAGGED = [(2, 3), (4, 1), (4, 4)]  # fits all variants
+
 # What the tests of convert.py start from: a dense DiT as deep as LAYOUT.
 DENSE = {"num_pooling_blocks": 0, "num_sdtm": 0, "sdtm_blocks": (1, 3, 1, 1), "num_dense_blocks": 12}
 LAYOUT = {"num_pooling_blocks": 1, "num_sdtm": 2, "sdtm_blocks": (2, 1, 1, 1), "num_dense_blocks": 1}
@@ -213,6 +228,21 @@ def model_inputs(
     if config.class_dropout_prob > 0:
         y[-1:] = config.num_classes
     return randn(batch, config.in_channels, config.input_size, config.input_size, seed=seed, dtype=dtype), t, y
+
+
+def forward_backward(model, x, t, y, grid=None, grad=None):
+    """Output, gradient of x, gradients of the parameters by name."""
+    x = x.detach().clone().requires_grad_()
+    model.zero_grad()
+    out = model(x, t, y, grid)
+    out.backward(randn(*out.shape, seed=77).to(out) if grad is None else grad)
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    assert all(g is not None for g in gradients.values())
+    return SimpleNamespace(out=out.detach(), x=x.grad, parameters=gradients)
+
+
+def tensors_of(result):
+    return {"out": result.out, "grad x": result.x, **result.parameters}
 
 
 def relative_error(actual: Tensor, expected: Tensor, least: float = 1.0) -> float:
