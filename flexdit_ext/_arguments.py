@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 Grid = tuple[int, ...]
-DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+# Where and with what the ops compute.
+DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16, torch.float64),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
 
 
 def check_grid(name: str, grid) -> Grid:
@@ -53,20 +57,36 @@ def check_tensor(name: str, value) -> Tensor:
     return value
 
 
-def check_floats(op: str, shapes: dict[str, tuple[Tensor, tuple[int, ...]]]) -> None:
-    """Floating tensors of one op, {name: (tensor, its shape)}: all on the CPU and of the first one's dtype."""
-    first = None
+def check_device(name: str, tensor: Tensor) -> None:
+    if tensor.device.type not in DTYPES:
+        raise ValueError(f"{name} is on {tensor.device}, flexdit_ext computes on the CPU and on CUDA devices")
+
+
+def check_floats(op: str, shapes: dict[str, tuple[Tensor, tuple[int, ...]]], **layouts) -> None:
+    """Floating tensors of one op, {name: (tensor, its shape)}: all where the first one is, layouts too, and of its
+    dtype."""
+    first = home = None
     for name, (tensor, shape) in shapes.items():
         check_tensor(name, tensor)
-        if tensor.device.type != "cpu":
-            raise ValueError(f"{op}: {name} is on {tensor.device}, this build of flexdit_ext computes on the CPU only")
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{op}: {name} is {tensor.dtype}, must be float32, bfloat16 or float64")
-        first = first or (name, tensor.dtype)
-        if tensor.dtype != first[1]:
-            raise TypeError(f"{op}: {name} is {tensor.dtype}, must be {first[1]} as {first[0]}")
+        check_device(f"{op}: {name}", tensor)
+        if first is None:
+            first, home = name, tensor
+        if tensor.device != home.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, {first} on {home.device}: they must agree")
+        known = DTYPES[home.device.type]
+        if tensor.dtype not in known:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in known)
+            raise TypeError(f"{op}: {name} is {tensor.dtype}, must be one of {names} on {home.device.type}")
+        if tensor.dtype != home.dtype:
+            raise TypeError(f"{op}: {name} is {tensor.dtype}, must be {home.dtype} as {first}")
         if tensor.shape != shape:
             raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, must be {tuple(shape)}")
+    for name, layout in layouts.items():
+        if layout.table.device != home.device:
+            raise ValueError(
+                f"{op}: {name}.table is on {layout.table.device}, {first} on {home.device}: they must agree "
+                f"(TokenLayout(..., device) or {name}.to({str(home.device)!r}))"
+            )
 
 
 def check_width(op: str, name: str, tensor) -> int:
@@ -83,5 +103,4 @@ def check_timesteps(name: str, t) -> None:
         raise ValueError(f"{name} has shape {tuple(t.shape)}, must be [B]")
     if t.dtype == torch.bool or t.is_complex():
         raise TypeError(f"{name} is {t.dtype}, must be an integer or floating-point dtype")
-    if t.device.type != "cpu":
-        raise ValueError(f"{name} is on {t.device}, this build of flexdit_ext computes on the CPU only")
+    check_device(name, t)

@@ -21,11 +21,11 @@ def cast(tensors: list[Tensor | None], dtype: torch.dtype | None) -> list[Tensor
     return tensors if dtype is None else [None if x is None else x.to(dtype) for x in tensors]
 
 
-def require_device(device: torch.device, parameters: list[Tensor]) -> None:
-    """All parameters of a call where the tokens are; torch would not notice one on the meta device."""
-    for i, parameter in enumerate(parameters):
-        if parameter.device != device:
-            raise ValueError(f"parameters[{i}] is on {parameter.device}, the tokens on {device}: they must agree")
+def require_device(device: torch.device, parameters: list[Tensor], **tensors: Tensor | None) -> None:
+    """All tensors of a call where the tokens are; torch would not notice one on the meta device."""
+    for name, tensor in (*tensors.items(), *((f"parameters[{i}]", p) for i, p in enumerate(parameters))):
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, the tokens on {device}: they must agree")
 
 
 class Mlp(nn.Module):
@@ -95,13 +95,14 @@ class Block(nn.Module):
         position: Tensor | None = None,
     ) -> Tensor:
         parameters = [parameter for layer in self.linears() for parameter in (layer.weight, layer.bias)]
-        require_device(x.device, parameters)
+        other_table = None if other_layout is None else other_layout.table
+        named = {"condition": condition, "other": other, "layout": layout.table, "other_layout": other_table}
+        require_device(x.device, parameters, **named, position=position)
         dtype = autocast_dtype(x)
         x, condition, other, position = cast([x, condition, other, position], dtype)
         parameters = cast(parameters, dtype)
         inputs = [x, condition, *parameters] if other is None else [x, condition, other, *parameters]
         save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-        other_table = None if other_layout is None else other_layout.table
         return _block_ops.block(
             self.kind,
             parameters,

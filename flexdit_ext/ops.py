@@ -92,7 +92,7 @@ def modulated_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, layout: TokenL
     _check_layouts(layout=layout)
     width, samples = check_width("modulated_layer_norm", "x", x), layout.batch
     vectors = {"shift": (shift, (samples, width)), "scale": (scale, (samples, width))}
-    check_floats("modulated_layer_norm", {"x": (x, (layout.rows, width)), **vectors})
+    check_floats("modulated_layer_norm", {"x": (x, (layout.rows, width)), **vectors}, layout=layout)
     return _modulated_layer_norm(x, shift, scale, layout.table, check_number("eps", eps, 0))
 
 
@@ -142,7 +142,8 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, layout: TokenLayout) -> T
     _check_layouts(layout=layout)
     width = check_width("gated_residual", "x", x)
     tokens = (layout.rows, width)
-    check_floats("gated_residual", {"x": (x, tokens), "y": (y, tokens), "gate": (gate, (layout.batch, width))})
+    shapes = {"x": (x, tokens), "y": (y, tokens), "gate": (gate, (layout.batch, width))}
+    check_floats("gated_residual", shapes, layout=layout)
     return _gated_residual(x, y, gate, layout.table)
 
 
@@ -249,7 +250,7 @@ def pooled_attention(
     shapes = {"x": (x, (layout.rows, width)), "shift": (shift, vector), "scale": (scale, vector)}
     shapes |= {"v_weight": (v_weight, square), "v_bias": (v_bias, (width,))}
     shapes |= {"proj_weight": (proj_weight, square), "proj_bias": (proj_bias, (width,))}
-    check_floats("pooled_attention", shapes)
+    check_floats("pooled_attention", shapes, layout=layout)
     mean = _modulated_mean(x, shift, scale, layout.table, check_number("eps", eps, 0))
     return _linear(_linear(mean, v_weight, v_bias), proj_weight, proj_bias)
 
@@ -298,7 +299,8 @@ def pool_tokens(x: Tensor, layout: TokenLayout, sparse_layout: TokenLayout) -> T
     """Adaptive average pooling from each sample's dense grid to its sparse grid, windows as PyTorch's
     AdaptiveAvgPool. x [R, C]. Returns [Rs, C]."""
     _check_layouts(layout=layout, sparse_layout=sparse_layout)
-    check_floats("pool_tokens", {"x": (x, (layout.rows, check_width("pool_tokens", "x", x)))})
+    tokens = (layout.rows, check_width("pool_tokens", "x", x))
+    check_floats("pool_tokens", {"x": (x, tokens)}, layout=layout, sparse_layout=sparse_layout)
     return _pool_tokens(x, None, layout.table, sparse_layout.table, sparse_layout.rows)
 
 
@@ -369,7 +371,7 @@ def recover_tokens(
     shapes = {"s": (s, (sparse_layout.rows, width)), "x": (x, (layout.rows, width))}
     shapes |= {"sparse_weight": (sparse_weight, (width, width)), "sparse_bias": (sparse_bias, (width,))}
     shapes |= {"dense_weight": (dense_weight, (width, width)), "dense_bias": (dense_bias, (width,))}
-    check_floats("recover_tokens", shapes)
+    check_floats("recover_tokens", shapes, layout=layout, sparse_layout=sparse_layout)
     sparse = _linear(s, sparse_weight, sparse_bias)
     dense = _linear(x, dense_weight, dense_bias)
     return _gather_sparse(sparse, dense, layout.table, sparse_layout.table)
@@ -483,7 +485,8 @@ def attention(
     _check_layouts(layout_q=layout_q, layout_k=layout_k)
     width = check_width("attention", "q", q)
     keys = (layout_k.rows, width)
-    check_floats("attention", {"q": (q, (layout_q.rows, width)), "k": (k, keys), "v": (v, keys)})
+    shapes = {"q": (q, (layout_q.rows, width)), "k": (k, keys), "v": (v, keys)}
+    check_floats("attention", shapes, layout_q=layout_q, layout_k=layout_k)
     check_count("num_heads", num_heads, 1, width)
     if width % num_heads:
         raise ValueError(f"num_heads is {num_heads}, must divide the {width} columns of q")

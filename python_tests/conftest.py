@@ -5,10 +5,27 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import pytest
+import torch
 from devices import DEVICES, use_device
+from helpers import tiny_model
 
 
 @pytest.fixture(params=DEVICES)
-def device(request, monkeypatch):
-    """Where to compute: "cpu", "emulated" (the CUDA kernels on the CPU) or "cuda", as a torch device for tensors."""
-    return use_device(request.param, monkeypatch)
+def backend(request, monkeypatch):
+    """Where the ops compute: "cpu", "emulated" (the CUDA kernels on the CPU) or "cuda"."""
+    use_device(request.param, monkeypatch)
+    return request.param
+
+
+@pytest.fixture
+def device(backend):
+    """The torch device of `backend`'s tensors."""
+    return torch.device("cuda" if backend == "cuda" else "cpu")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A model and the directory it was saved to."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "saved")
+    return model, tmp_path / "saved"

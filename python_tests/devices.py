@@ -11,15 +11,28 @@ import pytest
 import torch
 
 import flexdit_ext
+from flexdit_ext import _arguments
+from flexdit_ext._core import CUDA_ARCHITECTURES
 
 # `make pytest` builds the emulated module and says where; a bare pytest finds it there if it has been built before.
 EMULATED_FOLDER = Path(os.environ.get("FLEXDIT_EMULATED") or Path(__file__).parents[1] / "build" / "ctest")
 
-DEVICES = [
-    pytest.param("cpu"),
-    pytest.param("emulated"),
-    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]),
-]
+NO_GPU = "no GPU" if not torch.cuda.is_available() else "built without CUDA, see `flexdit info`"
+MARKS = {
+    "cpu": [],
+    "emulated": [],
+    "cuda": [
+        pytest.mark.gpu,
+        pytest.mark.skipif(not (torch.cuda.is_available() and CUDA_ARCHITECTURES), reason=NO_GPU),
+    ],
+}
+DEVICES = [pytest.param(name, marks=marks) for name, marks in MARKS.items()]
+CUDA = DEVICES[1:]
+
+
+def on(name: str, *values, **keywords):
+    """pytest.param(*values) that runs where device `name` does."""
+    return pytest.param(*values, marks=MARKS[name], **keywords)
 
 
 @functools.cache
@@ -47,17 +60,27 @@ def use_device(name: str, monkeypatch) -> torch.device:
         for module in (flexdit_ext.ops, flexdit_ext._block_ops):
             monkeypatch.setattr(module, "_C", core)
             monkeypatch.setattr(module, "execution", lambda like: core.Execution(device_index=0, stream=0))
+        # What _C has made before is of another module's types.
+        schedules = functools.lru_cache(flexdit_ext.ops._core_schedule.__wrapped__)
+        monkeypatch.setattr(flexdit_ext.ops, "_core_schedule", schedules)
+        monkeypatch.setitem(_arguments.DTYPES, "cpu", _arguments.DTYPES["cuda"])
     return torch.device("cuda" if name == "cuda" else "cpu")
 
 
 def dtypes_of(name: str) -> tuple[torch.dtype, ...]:
     """What a device computes with besides float32 and bfloat16: the CPU float64, CUDA float16."""
-    return (
-        (torch.float64, torch.float32, torch.bfloat16)
-        if name == "cpu"
-        else (
-            torch.float32,
-            torch.bfloat16,
-            torch.float16,
-        )
-    )
+    if name == "cpu":
+        return torch.float64, torch.float32, torch.bfloat16
+    return torch.float32, torch.bfloat16, torch.float16
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# For tests with the argument dtype: every dtype of every device.
+each_dtype = pytest.mark.parametrize(
+    "backend, dtype",
+    [on(name, name, dtype, id=f"{name}-{short(dtype)}") for name in MARKS for dtype in dtypes_of(name)],
+    indirect=["backend"],
+)

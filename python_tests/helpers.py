@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexdit_ext import FlexDiT, FlexDiTConfig, reference
+from flexdit_ext import DensitySchedule, FlexDiT, FlexDiTConfig, reference
 from flexdit_ext.convert import released_to_flexdit
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
@@ -136,6 +136,81 @@ def random_model(dtype: torch.dtype = torch.float32, seed: int = 0, **overrides)
     return model
 
 
+# What a model may have and lack.
+VARIANTS = {
+    "plain": {},
+    "position again": {"reinject_position": True},
+    "several generation and recovery blocks": {"sdtm_blocks": (2, 1, 2, 0), "reinject_position": True},
+    "no sparse and no dense block": {"sdtm_blocks": (1, 0, 1, 0), "num_dense_blocks": 0, "num_pooling_blocks": 0},
+    "DiT": {"num_sdtm": 0, "num_pooling_blocks": 0, "num_dense_blocks": 3},
+    "pooling only": {"num_sdtm": 0, "num_pooling_blocks": 2, "num_dense_blocks": 0},
+    "noise alone, no null class": {"learn_sigma": False, "class_dropout_prob": 0.0},
+    "patch 1, one channel": {"patch_size": 1, "input_size": 7, "in_channels": 1},
+    "patch 4": {"patch_size": 4, "input_size": 16},
+    "odd head size, narrow MLP": {"hidden_size": 36, "num_heads": 4, "mlp_ratio": 1.5},
+}
+RAGGED = [(2, 3), (4, 1), (4, 4)]  # fits all variants
+
+# What the tests of convert.py start from: a dense DiT as deep as LAYOUT.
+DENSE = {"num_pooling_blocks": 0, "num_sdtm": 0, "sdtm_blocks": (1, 3, 1, 1), "num_dense_blocks": 12}
+LAYOUT = {"num_pooling_blocks": 1, "num_sdtm": 2, "sdtm_blocks": (2, 1, 1, 1), "num_dense_blocks": 1}
+
+
+def dit_config(**overrides) -> FlexDiTConfig:
+    return flexdit_config(**(DENSE | overrides))
+
+
+def dit_model(dtype: torch.dtype = torch.float64, **overrides) -> FlexDiT:
+    return random_model(dtype, **(DENSE | overrides))
+
+
+def dit_name(name):
+    """facebookresearch/DiT's name of a dense FlexDiT's tensor, written down apart from the library's table."""
+    for ours, theirs in (
+        ("patch_embed.", "x_embedder.proj."),
+        ("timestep_embed.fc1.", "t_embedder.mlp.0."),
+        ("timestep_embed.fc2.", "t_embedder.mlp.2."),
+        ("label_embed.", "y_embedder.embedding_table."),
+        ("dense_blocks.", "blocks."),
+        (".modulation.", ".adaLN_modulation.1."),
+    ):
+        name = name.replace(ours, theirs)
+    return name
+
+
+def dit_state_dict(model):
+    state_dict = {dit_name(name): tensor for name, tensor in model.state_dict().items()}
+    return state_dict | {"pos_embed": state_dict["pos_embed"][None]}
+
+
+# Small enough to be written to disk hundreds of times: one block of everything, 16 tokens, 8 channels.
+TINY = {
+    "input_size": 8,
+    "in_channels": 1,
+    "hidden_size": 8,
+    "num_classes": 3,
+    "num_sdtm": 1,
+    "sdtm_blocks": (1, 1, 1, 1),
+    "schedule": DensitySchedule([(3, 3), (2, 2)]),
+}
+
+
+def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0, **overrides) -> FlexDiT:
+    return random_model(dtype, seed, **(TINY | overrides))
+
+
+def same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    """Names, dtypes and values, to the bit."""
+    return actual.keys() == expected.keys() and all(
+        tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]) for name, tensor in actual.items()
+    )
+
+
+def assert_same_model(actual: FlexDiT, expected: FlexDiT) -> None:
+    assert actual.config == expected.config
+    assert same_tensors(actual.state_dict(), expected.state_dict())
+
+
 def reference_of(model: FlexDiT, dtype: torch.dtype = torch.float64) -> reference.FlexDiT:
     """The reference with the model's weights."""
     twin = reference.FlexDiT(model.config).to(dtype).eval()
@@ -153,6 +228,21 @@ def model_inputs(
     if config.class_dropout_prob > 0:
         y[-1:] = config.num_classes
     return randn(batch, config.in_channels, config.input_size, config.input_size, seed=seed, dtype=dtype), t, y
+
+
+def forward_backward(model, x, t, y, grid=None, grad=None):
+    """Output, gradient of x, gradients of the parameters by name."""
+    x = x.detach().clone().requires_grad_()
+    model.zero_grad()
+    out = model(x, t, y, grid)
+    out.backward(randn(*out.shape, seed=77).to(out) if grad is None else grad)
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    assert all(g is not None for g in gradients.values())
+    return SimpleNamespace(out=out.detach(), x=x.grad, parameters=gradients)
+
+
+def tensors_of(result):
+    return {"out": result.out, "grad x": result.x, **result.parameters}
 
 
 def relative_error(actual: Tensor, expected: Tensor, least: float = 1.0) -> float:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import load_fixture, make_config, released_to_flexdit
+from helpers import load_fixture, make_config, model_inputs, randn, released_to_flexdit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,12 +27,8 @@ grid_cases = pytest.mark.parametrize("grids, sparse_grids", GRID_CASES.values(),
 DIM, HEADS = 12, 3
 
 
-def random(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
 def rows(grids, seed=0):
-    return random(sum(reference.token_counts(grids)), DIM, seed=seed)
+    return randn(sum(reference.token_counts(grids)), DIM, seed=seed)
 
 
 def samples_of(x, grids):
@@ -51,14 +47,6 @@ def off_grid(volume):
 def random_model(seed=0, **overrides):
     torch.manual_seed(seed)
     return reference.FlexDiT(make_config(**overrides)).double().eval()
-
-
-def model_inputs(config, batch, seed=0):
-    x = random(batch, config.in_channels, config.input_size, config.input_size, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    t = torch.randint(0, 1000, (batch,), generator=generator)
-    y = torch.randint(0, config.num_classes + 1, (batch,), generator=generator)
-    return x, t, y
 
 
 # ---- the released model ---------------------------------------------------------------------------------------------
@@ -143,8 +131,8 @@ def test_pool_tokens(grids, sparse_grids):
 @grid_cases
 def test_recover_tokens(grids, sparse_grids):
     s, x = rows(sparse_grids, seed=1), rows(grids, seed=2)
-    w1, w2 = random(DIM, DIM, seed=3), random(DIM, DIM, seed=4)
-    b1, b2 = random(DIM, seed=5), random(DIM, seed=6)
+    w1, w2 = randn(DIM, DIM, seed=3), randn(DIM, DIM, seed=4)
+    b1, b2 = randn(DIM, seed=5), randn(DIM, seed=6)
     upsampled = [
         off_grid(F.interpolate(on_grid(tokens, sparse_grid), size=grid, mode="nearest"))
         for tokens, grid, sparse_grid in zip(samples_of(s, sparse_grids), grids, sparse_grids)
@@ -185,9 +173,9 @@ def test_attention(grids, sparse_grids):
 def test_pooled_attention(grids, sparse_grids):
     """Against the released code's way: soft-max an N x N matrix of ones and multiply the heads' values by it."""
     x = rows(grids)
-    shift, scale = random(len(grids), DIM, seed=1), random(len(grids), DIM, seed=2)
-    v_weight, proj_weight = random(DIM, DIM, seed=3), random(DIM, DIM, seed=4)
-    v_bias, proj_bias = random(DIM, seed=5), random(DIM, seed=6)
+    shift, scale = randn(len(grids), DIM, seed=1), randn(len(grids), DIM, seed=2)
+    v_weight, proj_weight = randn(DIM, DIM, seed=3), randn(DIM, DIM, seed=4)
+    v_bias, proj_bias = randn(DIM, seed=5), randn(DIM, seed=6)
     actual = reference.pooled_attention(x, shift, scale, v_weight, v_bias, proj_weight, proj_bias, grids)
     assert actual.shape == (len(grids), DIM)
     for i, tokens in enumerate(samples_of(x, grids)):
@@ -202,7 +190,7 @@ def test_pooled_attention(grids, sparse_grids):
 @grid_cases
 def test_modulated_layer_norm_and_gated_residual(grids, sparse_grids):
     x, y = rows(grids), rows(grids, seed=1)
-    shift, scale, gate = (random(len(grids), DIM, seed=seed) for seed in (2, 3, 4))
+    shift, scale, gate = (randn(len(grids), DIM, seed=seed) for seed in (2, 3, 4))
     counts = torch.tensor(reference.token_counts(grids))
     shift_rows, scale_rows, gate_rows = (v.repeat_interleave(counts, dim=0) for v in (shift, scale, gate))
     centred = x - x.mean(1, keepdim=True)
@@ -216,9 +204,9 @@ def test_modulated_layer_norm_and_gated_residual(grids, sparse_grids):
 def test_ops_accept_slices_of_larger_buffers():
     """Strided rows: every second channel of a wider buffer."""
     grids, sparse_grids = GRID_CASES["ragged"]
-    wide = random(sum(reference.token_counts(grids)), 2 * DIM)
+    wide = randn(sum(reference.token_counts(grids)), 2 * DIM)
     x, dense = wide[:, ::2], wide[:, ::2].contiguous()
-    vector = random(len(grids), 2 * DIM, seed=1)
+    vector = randn(len(grids), 2 * DIM, seed=1)
     strided, packed = vector[:, ::2], vector[:, ::2].contiguous()
     for op, arguments in {
         reference.pool_tokens: lambda x, v: (x, grids, sparse_grids),
@@ -244,7 +232,7 @@ def test_select_tokens():
 @pytest.mark.parametrize("reinject_position", [False, True])
 def test_ragged_batch_equals_single_samples(reinject_position):
     model = random_model(reinject_position=reinject_position)
-    x, t, y = model_inputs(model.config, batch=4)
+    x, t, y = model_inputs(model.config, 4, torch.float64)
     grids = [(3, 3), (2, 5), (6, 6), (3, 3)]
     out = model(x, t, y, grids)
     assert out.shape == (4, 8, 12, 12)
@@ -305,7 +293,7 @@ def test_module_equals_packed_ops(grids, sparse_grids, num_blocks, reinject):
     """The two halves of reference.py agree, for images and video."""
     torch.manual_seed(0)
     module = reference.SparseDenseTokenModule(DIM, HEADS, 4.0, num_blocks).double()
-    x, c = rows(grids), random(len(grids), DIM, seed=1)
+    x, c = rows(grids), randn(len(grids), DIM, seed=1)
     position = rows(grids, seed=2) if reinject else None
     expected = module_from_ops(module, x, c, grids, sparse_grids, position)
     positions = samples_of(position, grids) if reinject else [None] * len(grids)
@@ -321,7 +309,7 @@ def test_reinject_position_reaches_every_module(reinject_position):
     seen = []
     for module in model.sdtm:
         module.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[-1]))
-    model(*model_inputs(model.config, batch=2), (3, 3))
+    model(*model_inputs(model.config, 2, torch.float64), (3, 3))
     assert len(seen) == len(model.sdtm)
     assert all(position is (model.pos_embed if reinject_position else None) for position in seen)
 
@@ -329,7 +317,7 @@ def test_reinject_position_reaches_every_module(reinject_position):
 def test_forward_with_cfg():
     model = random_model()
     config = model.config
-    x, t, y = model_inputs(config, batch=2)
+    x, t, y = model_inputs(config, 2, torch.float64)
     null = torch.full_like(y, config.num_classes)
     grids = [(3, 3), (4, 4)]
     pair = torch.cat([x, torch.zeros_like(x)]), torch.cat([t, t]), torch.cat([y, null])
@@ -342,7 +330,7 @@ def test_forward_with_cfg():
 
 def test_forward_with_cfg_never_guides_the_variance():
     model = random_model(in_channels=1)
-    x, t, _ = model_inputs(model.config, batch=1)
+    x, t, _ = model_inputs(model.config, 1, torch.float64)
     pair = torch.cat([x, x]), torch.cat([t, t]), torch.tensor([0, model.config.num_classes])
     plain, guided = model(*pair, (3, 3)), model.forward_with_cfg(*pair, 4.0, (3, 3))
     torch.testing.assert_close(guided[:, 1:], plain[:, 1:], rtol=0, atol=1e-13)
@@ -390,7 +378,7 @@ def test_without_sparse_modules_it_is_dit():
     model.load_state_dict(state_dict)
     for block in dit.transformer_blocks[1:]:
         block.norm1.emb = embedding
-    x, t, y = model_inputs(config, batch=3)
+    x, t, y = model_inputs(config, 3, torch.float64)
     with torch.no_grad():
         expected = dit(x.float(), t, y).sample
         actual = model(x.float(), t, y)
@@ -423,7 +411,7 @@ def test_parameter_count(input_size, num_pooling_blocks, num_dense_blocks, count
 
 def test_grid_is_checked():
     model = random_model()
-    x, t, y = model_inputs(model.config, batch=2)
+    x, t, y = model_inputs(model.config, 2, torch.float64)
     with pytest.raises(ValueError, match="grid"):
         model(x, t, y)
     with pytest.raises(ValueError, match="grid"):
@@ -433,7 +421,7 @@ def test_grid_is_checked():
 @pytest.mark.parametrize("grid", [(3, 3), [(3, 3), (2, 2)]], ids=["uniform", "ragged"])
 def test_compiles_without_a_graph_break(grid):
     model = random_model()
-    x, t, y = model_inputs(model.config, batch=2)
+    x, t, y = model_inputs(model.config, 2, torch.float64)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert torch.equal(compiled(x, t, y, grid), model(x, t, y, grid))
 
@@ -441,7 +429,7 @@ def test_compiles_without_a_graph_break(grid):
 def test_bfloat16():
     """bfloat16 weights, and float32 weights under autocast, stay near float64."""
     model = random_model()
-    x, t, y = model_inputs(model.config, batch=2)
+    x, t, y = model_inputs(model.config, 2, torch.float64)
     expected = model(x, t, y, (3, 3))
     tolerance = {"rtol": 0, "atol": 0.05}  # worst 0.0173 (largest value 1.6)
     with torch.autocast("cpu", torch.bfloat16):
@@ -474,7 +462,7 @@ grids_2d_or_3d = st.lists(st.integers(1, 7), min_size=2, max_size=3).map(tuple)
 @settings(max_examples=50, deadline=None)
 @given(grid=grids_2d_or_3d, seed=st.integers(0, 2**31))
 def test_pooling_to_the_same_grid_is_the_identity(grid, seed):
-    x = random(math.prod(grid), DIM, seed=seed)
+    x = randn(math.prod(grid), DIM, seed=seed)
     assert torch.equal(reference.pool_tokens(x, [grid], [grid]), x)
     assert torch.equal(reference.nearest_index(grid, grid), torch.arange(len(x)))
 
@@ -483,7 +471,7 @@ def test_pooling_to_the_same_grid_is_the_identity(grid, seed):
 @given(sparse_grid=grids_2d_or_3d, data=st.data(), seed=st.integers(0, 2**31))
 def test_pooling_keeps_the_mean_when_windows_tile(sparse_grid, data, seed):
     grid = tuple(m * data.draw(st.integers(1, 3)) for m in sparse_grid)
-    x = random(math.prod(grid), DIM, seed=seed)
+    x = randn(math.prod(grid), DIM, seed=seed)
     pooled = reference.pool_tokens(x, [grid], [sparse_grid])
     torch.testing.assert_close(pooled.mean(0), x.mean(0), rtol=0, atol=1e-13)
     # The nearest sparse token of a dense one is then the window it was pooled from: pooling undoes upsampling.
