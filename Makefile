@@ -20,7 +20,7 @@ ctest: $(VENV)/.installed
 	$(BIN)/cmake -S . -B build/ctest -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DFLEXDIT_PYTHON=OFF \
 	  -DFLEXDIT_TESTS=ON -DFLEXDIT_CUDA=OFF -DPython_EXECUTABLE=$(abspath $(BIN)/python) >/dev/null
 	$(BIN)/cmake --build build/ctest
-	$(BIN)/ctest --test-dir build/ctest --output-on-failure
+	$(BIN)/ctest --test-dir build/ctest -j2 --output-on-failure
 
 # Compiles the CUDA kernels with nvcc for sm_80 and sm_90a; 16-bit kernels that spill registers fail. No GPU is needed,
 # and nothing is run.
@@ -35,7 +35,7 @@ sanitize: $(VENV)/.installed
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DFLEXDIT_PYTHON=OFF \
 	  -DFLEXDIT_TESTS=ON -DFLEXDIT_CUDA=OFF -DFLEXDIT_SANITIZE=address,undefined -DPython_EXECUTABLE=$(abspath $(BIN)/python) >/dev/null
 	$(BIN)/cmake --build build/sanitize
-	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+	$(BIN)/ctest --test-dir build/sanitize -j2 --output-on-failure
 
 bench: $(VENV)/.built
 	$(BIN)/python bench/cpu_model.py
