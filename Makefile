@@ -22,7 +22,7 @@ pytest: $(VENV)/.built build/ctest/build.ninja
 
 ctest: build/ctest/build.ninja
 	$(BIN)/cmake --build build/ctest
-	$(BIN)/ctest --test-dir build/ctest --output-on-failure
+	$(BIN)/ctest --test-dir build/ctest -j2 --output-on-failure
 
 # The C++ tests, and for python_tests the CUDA kernels on the emulator as a Python module.
 build/ctest/build.ninja: $(VENV)/.installed CMakeLists.txt
@@ -41,7 +41,7 @@ cuda: $(VENV)/.installed
 sanitize: $(VENV)/.installed
 	$(CMAKE) -B build/sanitize -DFLEXDIT_TESTS=ON -DFLEXDIT_CUDA=OFF -DFLEXDIT_SANITIZE=address,undefined >/dev/null
 	$(BIN)/cmake --build build/sanitize
-	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+	$(BIN)/ctest --test-dir build/sanitize -j2 --output-on-failure
 
 bench: $(VENV)/.built
 	$(BIN)/python bench/cpu_model.py

@@ -269,7 +269,12 @@ void launch(const Op& op, void (*kernel)(Parameters...), dim3 grid, dim3 block, 
   const emulator::Configuration configuration{op.name, grid, block, shared_bytes};
   if (const char* words = emulator::launch_error(configuration))
     launch_failed(op, grid, block, shared_bytes, exec.device_index, words);
-  emulator::submit([=] { emulator::run(configuration, [&] { kernel(arguments...); }); });
+  emulator::submit([=] {
+    emulator::run(configuration, [&] {
+      kernel(arguments...);
+      emulator::expect_awaited();
+    });
+  });
 #else
   constexpr size_t kDefaultSharedBytes = 48 << 10;
   int before = 0;

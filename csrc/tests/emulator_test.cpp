@@ -1,4 +1,6 @@
 // The emulator: what a correct kernel computes, and every mistake that it promises to catch.
+#include <algorithm>
+
 #include "check.h"
 #include "cuda/device.h"
 #include "message_of.h"
@@ -124,6 +126,19 @@ __global__ void overruns_static(int at) {
   FLEXDIT_SHARED(float, values, [8]);
   if (threadIdx.x == 1) *(&values[0] + at) = 1;
 }
+#ifndef __SANITIZE_ADDRESS__  // which stops it
+__global__ void reads_beyond(float* out) {
+  FLEXDIT_SHARED(float, values, [32]);
+  values[threadIdx.x] = 1;
+  __syncthreads();
+  out[threadIdx.x] = *(&values[0] + threadIdx.x + 1);
+}
+#endif
+__global__ void copies_beyond(const float* in, int at) {
+  FLEXDIT_DYNAMIC_SHARED(bytes);
+  copy_async16(bytes + at, in);
+}
+__global__ void counts(int* counter, int* before) { before[threadIdx.x] = atomicAdd(counter, 2); }
 __global__ void reads_uninitialised(float* out) {
   FLEXDIT_SHARED(float, values, [64]);
   if (threadIdx.x < 63) values[threadIdx.x] = 1;
@@ -229,6 +244,31 @@ TEST_CASE(writes_outside_shared_memory_are_errors) {
   CHECK(catches_write(overruns, int64_t{-1}));
   CHECK(error_of(overruns_static, 32, 100, 7).empty());
   CHECK(catches_write(overruns_static, 8));
+}
+
+TEST_CASE(copies_outside_shared_memory_are_errors) {
+  alignas(16) const float in[4] = {};
+  CHECK(error_of(copies_beyond, 32, 128, in, 112).empty());
+  CHECK(has(error_of(copies_beyond, 32, 128, in, 128), "asynchronous copy outside of shared memory"));
+  CHECK(has(error_of(copies_beyond, 32, 120, in, 112), "asynchronous copy outside of shared memory"));
+  CHECK(has(error_of(copies_beyond, 32, 128, in, -16), "asynchronous copy outside of shared memory"));
+}
+
+#ifndef __SANITIZE_ADDRESS__
+TEST_CASE(what_lies_beyond_shared_memory_is_nan) {
+  std::vector<float> out(32);
+  start(reads_beyond, 1, 32, 0, out.data());
+  CHECK(out[30] == 1 && std::isnan(out[31]));
+}
+#endif
+
+TEST_CASE(atomics) {
+  int counter = 5;
+  std::vector<int> before(64);
+  start(counts, 1, 64, 0, &counter, before.data());
+  CHECK_EQ(counter, 5 + 2 * 64);
+  std::sort(before.begin(), before.end());
+  for (int i = 0; i < 64; ++i) CHECK_EQ(before[size_t(i)], 5 + 2 * i);
 }
 
 TEST_CASE(uninitialised_shared_memory_is_nan) {
