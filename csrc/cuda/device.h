@@ -303,7 +303,9 @@ constexpr int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Kernels with a thread per element.
 constexpr int kElementThreads = 256;
-inline unsigned element_blocks(int64_t elements) { return static_cast<unsigned>(ceil_divide(elements, kElementThreads)); }
+inline unsigned element_blocks(int64_t elements) {
+  return static_cast<unsigned>(ceil_divide(elements, kElementThreads));
+}
 __device__ __forceinline__ int64_t element_of_thread() { return int64_t{blockIdx.x} * kElementThreads + threadIdx.x; }
 
 }  // namespace flexdit::cuda

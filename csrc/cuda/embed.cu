@@ -97,8 +97,8 @@ void timestep_embedding(const TimestepEmbedding& p, const Execution& exec) {
 
 void label_embedding(const LabelEmbedding& p, const Execution& exec) {
   with_type(p.x.dtype, [&](auto tag) {
-    launch({"label_embedding", p.x.rows, p.x.cols}, add_labels_kernel<decltype(tag)>, element_blocks(p.x.rows * p.x.cols),
-           kElementThreads, 0, exec, p);
+    launch({"label_embedding", p.x.rows, p.x.cols}, add_labels_kernel<decltype(tag)>,
+           element_blocks(p.x.rows * p.x.cols), kElementThreads, 0, exec, p);
   });
 }
 
