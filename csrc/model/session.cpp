@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <deque>
 #include <mutex>
 #include <string>
@@ -12,8 +13,9 @@ namespace flexdit {
 namespace {
 
 std::string text(double value) {
-  std::string s = std::to_string(value);
-  return s.substr(0, s.find_last_not_of('0') + 1) + (s.back() == '.' ? "0" : "");
+  char out[32];
+  std::snprintf(out, sizeof out, "%g", value);
+  return out;
 }
 
 // Rows of model_modulation for some steps of a request; requests that were computed together share the table.
@@ -42,7 +44,7 @@ struct Active {
 class Session::Implementation {
  public:
   Implementation(std::shared_ptr<const SamplingModel> model, const SessionOptions& options)
-      : model_(std::move(model)),
+      : model_(given(std::move(model))),
         prepared_(model_->prepared()),
         options_(checked(options)),
         engine_(model_, options.guided_channels ? options.guided_channels
@@ -74,14 +76,12 @@ class Session::Implementation {
   }
 
   int64_t step() {
-    admit();
-    if (!active_.empty()) {
-      try {
-        advance();
-      } catch (const std::exception& error) {
-        fail_all(error.what());
-        throw;
-      }
+    try {
+      admit();
+      if (!active_.empty()) advance();
+    } catch (const std::exception& error) {
+      fail_all(reason(error));
+      throw;
     }
     const std::lock_guard lock(mutex_);
     return static_cast<int64_t>(active_.size() + queue_.size());
@@ -124,6 +124,11 @@ class Session::Implementation {
     if (!holds) throw ArgumentError(message);
   }
 
+  static std::shared_ptr<const SamplingModel> given(std::shared_ptr<const SamplingModel> model) {
+    require(model != nullptr, "model is missing");
+    return model;
+  }
+
   const SessionOptions& checked(const SessionOptions& o) const {
     const int64_t channels = prepared_.config.in_channels;
     require(o.max_batch >= 1, "max_batch is " + std::to_string(o.max_batch) + ", must be at least 1");
@@ -131,6 +136,8 @@ class Session::Implementation {
     require(o.guided_channels >= 0 && o.guided_channels <= channels,
             "guided_channels is " + std::to_string(o.guided_channels) + ", must lie in [0, " +
                 std::to_string(channels) + "]");
+    require(o.modulation_bytes >= 0,
+            "modulation_bytes is " + std::to_string(o.modulation_bytes) + ", must be at least 0");
     return o;
   }
 
@@ -176,7 +183,6 @@ class Session::Implementation {
 
   // Takes cancelled requests out and lets queued ones in. Who does not fit fails alone.
   void admit() {
-    std::vector<Active> entering;
     size_t staying;
     {
       const std::lock_guard lock(mutex_);
@@ -193,24 +199,41 @@ class Session::Implementation {
     }
     try {
       arrange();
-      return;
     } catch (const std::exception&) {
       if (active_.size() == staying) throw;
+      admit_singly(staying);
     }
-    // One by one, so that only those fail for whom there is no room.
+  }
+
+  // One by one, so that only those fail for whom there is no room.
+  void admit_singly(size_t staying) {
+    std::deque<Active> entering;
     for (size_t i = staying; i < active_.size(); ++i) entering.push_back(std::move(active_[i]));
     set_active(staying);
-    arrange();
-    for (Active& one : entering) {
-      active_.push_back(std::move(one));
+    const auto let_in = [&] {
+      const std::lock_guard lock(mutex_);
+      active_.push_back(std::move(entering.front()));
+      entering.pop_front();
+    };
+    try {
+      arrange();  // those who have left
+    } catch (...) {
+      while (!entering.empty()) let_in();  // they fail with the rest
+      throw;
+    }
+    while (!entering.empty()) {
+      let_in();
       try {
         arrange();
       } catch (const std::exception& error) {
-        fail(active_.back(), error.what());
+        fail(active_.back(), reason(error));
         set_active(active_.size() - 1);
-        arrange();
       }
     }
+  }
+
+  static std::string reason(const std::exception& error) {
+    return dynamic_cast<const std::bad_alloc*>(&error) ? "not enough memory" : error.what();
   }
 
   void set_active(size_t count) {
