@@ -74,14 +74,13 @@ class Session::Implementation {
   }
 
   int64_t step() {
-    admit();
-    if (!active_.empty()) {
-      try {
-        advance();
-      } catch (const std::exception& error) {
-        fail_all(error.what());
-        throw;
-      }
+    const std::lock_guard one_at_a_time(step_mutex_);
+    try {
+      admit();
+      if (!active_.empty()) advance();
+    } catch (const std::exception& error) {
+      fail_all(error.what());
+      throw;
     }
     const std::lock_guard lock(mutex_);
     return static_cast<int64_t>(active_.size() + queue_.size());
@@ -202,11 +201,14 @@ class Session::Implementation {
     set_active(staying);
     arrange();
     for (Active& one : entering) {
-      active_.push_back(std::move(one));
+      {
+        const std::lock_guard lock(mutex_);
+        active_.push_back(std::move(one));
+      }
       try {
         arrange();
       } catch (const std::exception& error) {
-        fail(active_.back(), error.what());
+        fail(active_.back().id, error.what());
         set_active(active_.size() - 1);
         arrange();
       }
@@ -338,16 +340,23 @@ class Session::Implementation {
     }
   }
 
-  void fail(const Active& a, const std::string& why) {
+  void fail(int64_t id, const std::string& why) {
     const std::lock_guard lock(mutex_);
-    const auto state = states_.find(a.id);
-    if (state == states_.end()) return;
+    const auto state = states_.find(id);
+    if (state == states_.end()) return;  // cancelled
     state->second = RequestState::failed;
-    finished_[a.id] = {a.id, prepared_.config.in_channels, a.request.height, a.request.width, {}, why};
+    finished_[id] = {.id = id, .channels = 0, .height = 0, .width = 0, .image = {}, .error = why};
   }
 
+  // All that are active, those too that were on their way in.
   void fail_all(const std::string& why) {
-    for (const Active& a : active_) fail(a, why);
+    std::vector<int64_t> ids;
+    {
+      const std::lock_guard lock(mutex_);
+      for (const auto& [id, state] : states_)
+        if (state == RequestState::active) ids.push_back(id);
+    }
+    for (const int64_t id : ids) fail(id, why);
     set_active(0);
   }
 
@@ -360,6 +369,7 @@ class Session::Implementation {
   // Of the thread that steps; its size is read by others, so it changes under the lock.
   std::vector<Active> active_;
 
+  std::mutex step_mutex_;  // taken before mutex_
   mutable std::mutex mutex_;
   int64_t next_id_ = 0;
   std::deque<Active> queue_;
