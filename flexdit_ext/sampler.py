@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from . import _C
-from ._arguments import Grid, check_count, check_grid
-from ._core import execution
+from ._arguments import DTYPES, Grid, check_count, check_grid
+from ._core import execution, require_device
 from .diffusion.samplers import make_sampler
 from .model import FlexDiT
 from .sampling import (
     check_cfg_scale,
     check_grids,
     check_guidance_channels,
+    check_int,
     check_interval,
     check_labels,
     check_seeds,
@@ -28,6 +29,7 @@ __all__ = ["QueueFull", "Sampler", "Session"]
 
 QueueFull = _C.QueueFull
 _MODULATION_BYTES = 256 << 20
+_MAX_SIDE = 1 << 14  # of a latent image, as csrc/model/session.cpp has it
 
 
 class Sampler:
@@ -49,8 +51,9 @@ class Sampler:
             raise TypeError(f"model is {type(model).__name__}, must be a FlexDiT")
         self.config = model.config
         state = model.state_dict()
-        self.dtype = state["pos_embed"].dtype if dtype is None else dtype
+        require_device("Sampler", model=state["pos_embed"])
         self.device = state["pos_embed"].device
+        self.dtype = _check_dtype(state["pos_embed"].dtype if dtype is None else dtype, self.device)
         self._modulation_bytes = check_count("modulation_bytes", modulation_bytes, 1, 2**62)
         names = [name for name, _, _ in _C.model_parameters(self.config.core)]
         parameters = [state[name].detach().to(self.dtype).contiguous() for name in names]
@@ -62,6 +65,18 @@ class Sampler:
             exec=execution(parameters[0]),
         )
         self._lock, self._session = threading.Lock(), None
+
+    def __copy__(self) -> Sampler:
+        """Another one on the same prepared weights, which never change."""
+        twin = object.__new__(type(self))
+        twin.__dict__ = self.__dict__ | {"_lock": threading.Lock(), "_session": None}
+        return twin
+
+    def __deepcopy__(self, memo) -> Sampler:
+        return self.__copy__()
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError("a Sampler cannot be pickled: pickle or save its FlexDiT and make a new Sampler of it")
 
     def sample(
         self,
@@ -85,10 +100,12 @@ class Sampler:
         labels = check_labels(y, self.config)
         total = len(labels)
         scales = check_cfg_scale(cfg_scale, total, self.config)
-        seeds = check_seeds(seed, check_count("start_index", start_index, 0, 2**62), total)
+        seeds = check_seeds(seed, check_int("start_index", start_index, 0, 2**62), total)
         grids = check_grids(grid, total)
-        batch_size = total if batch_size is None else check_count("batch_size", batch_size, 1, 2**31)
-        table = _table(self.config, sampler, steps, eta)
+        for name, one in _named_grids(grids):
+            self.config.check_sparse_grid(name, one)
+        batch_size = total if batch_size is None else check_count("batch_size", batch_size, 1, 2**31 - 1)
+        table = _table(self.config, sampler, steps, eta, clip_x0)
         interval = check_interval(guidance_interval)
 
         def request(i: int) -> tuple:
@@ -101,9 +118,9 @@ class Sampler:
             session, ids = self._kept_session(batch_size, guidance_channels), []
             try:
                 ids = [session._add(*request(i)) for i in range(total)]
-                for _ in range(passes):
-                    session.step()
+                while session.step():
                     tick()
+                tick()
                 return torch.stack([session.take(i) for i in ids])
             except BaseException:  # leave nothing behind for the next call
                 self._session = None
@@ -130,8 +147,8 @@ class Sampler:
 class Session:
     """Requests that advance together, each with its own label, seed, steps, sampler, guidance, size and grid.
 
-    A request's image does not depend on its company. add, cancel, state and take may be called by any thread while one
-    thread calls step. Made by Sampler.session.
+    A request's image does not depend on its company. All methods may be called by any thread; of several that call
+    step, one waits for the other. Made by Sampler.session.
     """
 
     def __init__(self, sampler: Sampler, max_batch: int, queue_capacity: int, guidance_channels: int | str | None):
@@ -143,6 +160,9 @@ class Session:
             guided_channels=check_guidance_channels(guidance_channels, sampler.config),
             modulation_bytes=sampler._modulation_bytes,
         )
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError("a Session can be neither copied nor pickled: make another with Sampler.session")
 
     def add(
         self,
@@ -166,25 +186,23 @@ class Session:
 
         Raises QueueFull when queue_capacity requests wait, TypeError or ValueError naming the argument.
         """
-        labels = check_labels([label], self._config)
-        scales = check_cfg_scale(cfg_scale, 1, self._config)
-        grid = None if grid is None else check_grid("grid", grid)
+        config = self._config
+        size = None if size is None else _check_size(size, config)
+        if grid is not None:
+            grid = _check_sparse_grid(check_grid("grid", grid), size, config)
+        scales = check_cfg_scale(cfg_scale, 1, config)
         return self._add(
-            int(labels[0]),
-            check_seeds([seed], 0, 1)[0],
-            _table(self._config, sampler, steps, eta),
+            check_int("label", label, 0, config.num_classes - (0 if config.class_dropout_prob > 0 else 1)),
+            check_seeds([check_int("seed", seed, 0, 2**64 - 1)], 0, 1)[0],
+            _table(config, sampler, steps, eta, clip_x0),
             1.0 if scales is None else float(scales[0]),
             check_interval(guidance_interval),
-            None if size is None else check_grid("size", size),
+            size,
             grid,
             clip_x0,
         )
 
     def _add(self, label, seed, table, scale, interval, size, grid, clip_x0) -> int:
-        if not isinstance(clip_x0, bool):
-            raise TypeError(f"clip_x0 = {clip_x0!r}: must be a bool")
-        if size is not None and len(size) != 2:
-            raise ValueError(f"size is {size}, must be (height, width)")
         return self._core.add(
             label=label,
             seed=seed,
@@ -240,7 +258,44 @@ class Session:
         return self._core.queued
 
 
-def _table(config, sampler: str, steps: int | str, eta: float) -> list:
+def _check_dtype(dtype, device: torch.device) -> torch.dtype:
+    known = DTYPES[device.type]
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype is {dtype!r}, must be a torch.dtype or None")
+    if dtype not in known:
+        names = ", ".join(str(one).removeprefix("torch.") for one in known)
+        raise TypeError(f"dtype is {dtype}, must be one of {names} on {device.type}")
+    return dtype
+
+
+def _check_size(size, config) -> tuple[int, int]:
+    size = check_grid("size", size)
+    if len(size) != 2 or any(side % config.patch_size or side > _MAX_SIDE for side in size):
+        raise ValueError(
+            f"size is {size}, must be (height, width): multiples of the patch size {config.patch_size}, "
+            f"at most {_MAX_SIDE}"
+        )
+    return size
+
+
+def _check_sparse_grid(grid: Grid, size: tuple[int, int] | None, config) -> Grid:
+    """Within the dense grid of an image of that size."""
+    if size is None:
+        return config.check_sparse_grid("grid", grid)
+    dense = tuple(side // config.patch_size for side in size)
+    frames, height, width = (1, *grid)[-3:]
+    if frames != 1 or height > dense[0] or width > dense[1]:
+        raise ValueError(f"grid is {grid}, at most the dense grid {dense} of size {size} is allowed")
+    return grid
+
+
+def _named_grids(grids) -> list[tuple[str, Grid]]:
+    if grids is None:
+        return []
+    return [(f"grid[{i}]", one) for i, one in enumerate(grids)] if isinstance(grids, list) else [("grid", grids)]
+
+
+def _table(config, sampler: str, steps: int | str, eta: float, clip_x0: bool) -> list:
     """The sampler's numbers as the C++ library takes them."""
     learned = config.out_channels == 2 * config.in_channels
     return [
@@ -254,5 +309,5 @@ def _table(config, sampler: str, steps: int | str, eta: float) -> list:
             noise_coef=step.noise_coef,
             log_variances=step.log_variances if learned else None,
         )
-        for step in make_sampler(sampler, steps, eta).steps
+        for step in make_sampler(sampler, steps, eta, clip_x0).steps
     ]

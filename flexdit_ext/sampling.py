@@ -91,9 +91,9 @@ def sample(
     scales = check_cfg_scale(cfg_scale, total, config)
     interval = check_interval(guidance_interval)
     channels = check_guidance_channels(guidance_channels, config)
-    seeds = check_seeds(seed, _check_int("start_index", start_index, 0), total)
+    seeds = check_seeds(seed, check_int("start_index", start_index, 0), total)
     grids = check_grids(grid, total)
-    batch_size = total if batch_size is None else _check_int("batch_size", batch_size, 1)
+    batch_size = total if batch_size is None else check_int("batch_size", batch_size, 1)
     dtype, device = _dtype_and_device(model)
 
     size = config.input_size
@@ -146,8 +146,8 @@ class _Denoiser:
         """x [B, C, H, W] in the solver's dtype -> [B, C or 2C, H, W] in the same dtype."""
         guided = self.scales is not None and self.interval[0] <= timestep <= self.interval[1]
         labels = self.both_labels if guided else self.labels
-        # Integer timesteps stay integers, as in DiT; flow's are float32.
-        t_dtype = torch.int64 if isinstance(timestep, int) else torch.float32
+        # Integer timesteps stay integers, as in DiT; flow's are the solver's.
+        t_dtype = torch.int64 if isinstance(timestep, int) else x.dtype
         t = torch.full((len(labels),), timestep, dtype=t_dtype, device=x.device)
         inputs = torch.cat([x, x]) if guided else x
         output = self.model(inputs.to(self.dtype), t, labels, grid=self.both_grids if guided else self.grids).to(
@@ -210,7 +210,7 @@ def _check_config(model):
     return config
 
 
-def _check_int(name: str, value, low: int, high: int | None = None) -> int:
+def check_int(name: str, value, low: int, high: int | None = None) -> int:
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -286,7 +286,7 @@ def check_guidance_channels(guidance_channels, config) -> int:
                 f"guidance_channels = {guidance_channels!r}: must be None, 'all' or 1..{config.in_channels}"
             )
         return config.in_channels
-    return _check_int("guidance_channels", guidance_channels, 1, config.in_channels)
+    return check_int("guidance_channels", guidance_channels, 1, config.in_channels)
 
 
 def check_seeds(seed, start_index: int, total: int) -> list[int]:
@@ -295,8 +295,8 @@ def check_seeds(seed, start_index: int, total: int) -> list[int]:
     if isinstance(seed, (list, tuple)):
         if len(seed) != total:
             raise ValueError(f"seed: a list must have one seed per sample ({total}), got {len(seed)}")
-        return [derive_seed(_check_int(f"seed[{i}]", s, 0, 2**64 - 1), 0) for i, s in enumerate(seed)]
-    seed = _check_int("seed", seed, 0, 2**64 - 1)
+        return [derive_seed(check_int(f"seed[{i}]", s, 0, 2**64 - 1), 0) for i, s in enumerate(seed)]
+    seed = check_int("seed", seed, 0, 2**64 - 1)
     return [derive_seed(seed, start_index + i) for i in range(total)]
 
 
@@ -306,7 +306,7 @@ def check_grids(grid, total: int):
     def one(value, name: str) -> tuple[int, ...]:
         if not isinstance(value, (tuple, list)) or len(value) not in (2, 3):
             raise TypeError(f"{name} = {value!r}: must be (h, w) or (f, h, w)")
-        return tuple(_check_int(f"{name}[{axis}]", side, 1) for axis, side in enumerate(value))
+        return tuple(check_int(f"{name}[{axis}]", side, 1) for axis, side in enumerate(value))
 
     if grid is None:
         return None

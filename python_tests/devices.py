@@ -57,14 +57,24 @@ def use_device(name: str, monkeypatch) -> torch.device:
         core = emulated_core()
         if core is None:
             pytest.skip("the emulated module is not built: make pytest builds it")
-        for module in (flexdit_ext.ops, flexdit_ext._block_ops):
+        for module in (flexdit_ext.ops, flexdit_ext._block_ops, flexdit_ext.sampler):
             monkeypatch.setattr(module, "_C", core)
             monkeypatch.setattr(module, "execution", lambda like: core.Execution(device_index=0, stream=0))
+        monkeypatch.setattr(flexdit_ext.config, "_C", core)  # of FlexDiTConfig.core
         # What _C has made before is of another module's types.
         schedules = functools.lru_cache(flexdit_ext.ops._core_schedule.__wrapped__)
         monkeypatch.setattr(flexdit_ext.ops, "_core_schedule", schedules)
+        monkeypatch.setattr(flexdit_ext.DensitySchedule, "_core", _core_of(core), raising=False)
         monkeypatch.setitem(_arguments.DTYPES, "cpu", _arguments.DTYPES["cuda"])
     return torch.device("cuda" if name == "cuda" else "cpu")
+
+
+def _core_of(core) -> property:
+    """DensitySchedule._core as `core` makes it; what is there already stays for later."""
+    return property(
+        lambda s: core.DensitySchedule(list(s._grids), list(s._begins), s._num_timesteps),
+        lambda s, made: s.__dict__.update(_core=made),
+    )
 
 
 def dtypes_of(name: str) -> tuple[torch.dtype, ...]:

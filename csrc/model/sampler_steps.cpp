@@ -116,18 +116,19 @@ std::vector<SamplerStep> dpmpp_steps(int64_t steps) {
   return out;
 }
 
-// At t the model gives a velocity v and x0 = x - t v, so Euler's step to s is (s / t) x + (1 - s / t) x0.
-SamplerStep euler_step(double t, double s) {
-  return {.timestep = kDiffusionSteps * t,
+// From t = k / n to (k - 1) / n. At t the model gives a velocity v and x0 = x - t v, so Euler's step to s is
+// (s / t) x + (1 - s / t) x0.
+SamplerStep euler_step(int64_t k, int64_t n) {
+  return {.timestep = double(kDiffusionSteps * k) / double(n),  // rounded once: integers must meet the schedule's
           .x0_from_x = 1,
-          .x0_from_output = -t,
-          .x_coef = s / t,
-          .x0_coef = 1 - s / t};
+          .x0_from_output = -double(k) / double(n),
+          .x_coef = double(k - 1) / double(k),
+          .x0_coef = 1 / double(k)};
 }
 
 std::vector<SamplerStep> flow_euler_steps(int64_t steps) {
   std::vector<SamplerStep> out;
-  for (int64_t k = steps; k > 0; --k) out.push_back(euler_step(double(k) / double(steps), double(k - 1) / double(steps)));
+  for (int64_t k = steps; k > 0; --k) out.push_back(euler_step(k, steps));
   return out;
 }
 
@@ -138,12 +139,12 @@ std::vector<SamplerStep> flow_heun_steps(int64_t steps) {
   std::vector<SamplerStep> out;
   for (int64_t k = steps; k > 0; --k) {
     const double t = double(k) / double(steps), s = double(k - 1) / double(steps);
-    out.push_back(euler_step(t, s));
+    out.push_back(euler_step(k, steps));
     if (k == 1) break;
     const double half = (s - t) / 2;
     // x = (t / s) x' + (1 - t / s) x0
     const double from_x = 1 + half / t;  // of x in x + half (x - x0) / t + half (x' - x0') / s
-    out.push_back({.timestep = kDiffusionSteps * s,
+    out.push_back({.timestep = euler_step(k - 1, steps).timestep,
                    .x0_from_x = 1,
                    .x0_from_output = -s,
                    .x_coef = from_x * t / s + half / s,

@@ -76,6 +76,7 @@ class Session::Implementation {
   }
 
   int64_t step() {
+    const std::lock_guard one_at_a_time(step_mutex_);
     try {
       admit();
       if (!active_.empty()) advance();
@@ -383,6 +384,7 @@ class Session::Implementation {
   // Of the thread that steps; its size is read by others, so it changes under the lock.
   std::vector<Active> active_;
 
+  std::mutex step_mutex_;  // taken before mutex_
   mutable std::mutex mutex_;
   int64_t next_id_ = 0;
   std::deque<Active> queue_;

@@ -74,7 +74,7 @@ struct Finished {
   std::string error;          // why, or empty
 };
 
-// add, cancel, state and take may be called by any thread while one thread steps.
+// All may be called by any thread; of several that step, one waits for the other.
 class Session {
  public:
   explicit Session(std::shared_ptr<const SamplingModel> model, const SessionOptions& options = {});
