@@ -42,9 +42,9 @@ struct Engine::Block {
 
 struct Engine::Plan {
   Key key;
-  int64_t samples = 0, passes = 0;             // passes: the model's batch
+  int64_t samples = 0, passes = 0;  // passes: the model's batch
   int64_t rows = 0, model_rows = 0, sparse_rows = 0;
-  Buffer tables;                               // on the device:
+  Buffer tables;  // on the device:
   TokenLayout layout, model_layout, sparse_layout;
   const int32_t *sample_of_pass = nullptr, *position_offsets = nullptr;
   Repeated work;
@@ -255,8 +255,8 @@ ModelForward Engine::forward_of(const Plan& plan) const {
   if (c.num_sdtm) p.sparse_layout = plan.sparse_layout;
   p.rows = plan.model_rows, p.sparse_rows = plan.sparse_rows;
   p.positions = {{positions_.data(), position_count_, c.hidden, c.hidden, prepared_.dtype}, plan.position_offsets};
-  p.prepared = {{modulation_.data(), plan.passes, columns, columns, prepared_.dtype}, prepared_.folded,
-                prepared_.packed};
+  p.prepared = {
+      {modulation_.data(), plan.passes, columns, columns, prepared_.dtype}, prepared_.folded, prepared_.packed};
   return p;
 }
 
