@@ -45,11 +45,11 @@ class ScheduledReference(nn.Module):
         return self.reference(x, t, y, grid)
 
 
-def rounded_features(t, dtype):
+def rounded_features(t, dtype, shift=0):
     """timestep_features with every operation rounded as csrc/cpu/embed_cpu.cpp does it. torch's float32 exp is an ulp
     off now and then, which times t = 1000 is 6e-5 of an angle: more than all else between the two."""
     half = _block_ops.TIMESTEP_FEATURES // 2
-    exponents = torch.tensor(-math.log(10000)) * torch.arange(half, dtype=torch.float32) / half
+    exponents = torch.tensor(-math.log(10000)) * torch.arange(half, dtype=torch.float32) / (half - shift)
     angles = (t.float()[:, None] * exponents.double().exp().float()).double()
     return torch.cat([angles.cos(), angles.sin()], dim=1).float().to(dtype)
 

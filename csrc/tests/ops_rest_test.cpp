@@ -24,12 +24,14 @@ TEST_CASE(timesteps) {
   const double t[] = {0, 1, 0.25, 499.5, 999, 1000};
   for (int64_t cols : {2, 6, 256}) {
     Tensor wide(6, cols, DType::float64, true), single(6, cols, DType::float32, true), half(6, cols, DType::bfloat16);
-    for (Tensor* out : {&wide, &single, &half}) timestep_embedding({.t = t, .out = out->view()}, {.threads = 2});
+    const int64_t shift = cols == 256 ? 1 : 0;
+    for (Tensor* out : {&wide, &single, &half})
+      timestep_embedding({.t = t, .out = out->view(), .shift = shift}, {.threads = 2});
     CHECK(identical(wide.values(), single.values()));
     CHECK(error(half.values(), wide.values()) <= 1.0 / 256);
     for (int64_t b = 0; b < 6; ++b)
       for (int64_t i = 0; i < cols / 2; ++i) {
-        const double angle = t[b] * std::pow(10000.0, -double(i) / double(cols / 2));
+        const double angle = t[b] * std::pow(10000.0, -double(i) / double(cols / 2 - shift));
         CHECK_NEAR(wide.values()(b, i), std::cos(angle), 4e-7 + angle * 4e-7);
         CHECK_NEAR(wide.values()(b, cols / 2 + i), std::sin(angle), 4e-7 + angle * 4e-7);
       }
