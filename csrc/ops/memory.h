@@ -16,7 +16,7 @@ namespace flexdit {
 #ifdef FLEXDIT_CUDA
 #define FLEXDIT_ON(exec, on_cpu, on_cuda) ((exec).device == Device::cpu ? (on_cpu) : (on_cuda))
 #else
-#define FLEXDIT_ON(exec, on_cpu, on_cuda) (on_cpu)
+#define FLEXDIT_ON(exec, on_cpu, on_cuda) ((void)(exec), on_cpu)
 #endif
 
 // Memory on exec's device, aligned to 128 bytes; not initialised.

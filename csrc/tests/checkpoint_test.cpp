@@ -208,6 +208,25 @@ TEST_CASE(configurations_that_do_not_fit) {
   CHECK(has(error("\"input_size\"", "\"input\""), "config.json is not a FlexDiT configuration: byte 12, 'input': "));
 }
 
+TEST_CASE(flipped_header_bytes) {
+  const Copy copy;
+  const std::string file = read_file(copy.weights);
+  const size_t header_end = file.find("}}") + 2;
+  int refused = 0;
+  for (size_t i = 0; i < header_end; i += 17)
+    for (const char mask : {'\x01', '\x04', '\x20', '\x80'}) {
+      std::string flipped = file;
+      flipped[i] = static_cast<char>(flipped[i] ^ mask);
+      write_file(copy.weights, flipped);
+      // Refused by name, or what it still says makes a whole model.
+      const auto message =
+          message_of<CheckpointError>([&] { CHECK_EQ(Checkpoint::load(copy.path).parameters.size(), 80u); });
+      refused += !message.empty();
+      CHECK_NOTE(message.empty() || has(message, copy.weights), message);
+    }
+  CHECK(refused > 1000);
+}
+
 TEST_CASE(defaults_of_the_configuration) {
   const ModelDescription d = parse("{}");  // FlexDiTConfig(), which is XL/2 for 256 pixels
   const Config c = d.config, wanted;

@@ -1,0 +1,112 @@
+// No exception leaves this file: each becomes a status and a message of its thread.
+#include "flexdit/c_api.h"
+
+#include <cstdio>
+#include <new>
+
+#include "flexdit/checkpoint.h"
+
+using namespace flexdit;
+
+struct flexdit_checkpoint {
+  Checkpoint value;
+};
+
+namespace {
+
+static_assert(static_cast<int>(DType::float32) == FLEXDIT_FLOAT32 &&
+              static_cast<int>(DType::bfloat16) == FLEXDIT_BFLOAT16 &&
+              static_cast<int>(DType::float16) == FLEXDIT_FLOAT16 &&
+              static_cast<int>(DType::float64) == FLEXDIT_FLOAT64);
+
+thread_local char last_error[2048] = "";  // of a fixed size: telling a failure must not fail
+
+flexdit_status fail(flexdit_status status, const char* message) {
+  std::snprintf(last_error, sizeof last_error, "%s", message);
+  return status;
+}
+
+template <class Body>
+flexdit_status guarded(Body&& body) noexcept {
+  try {
+    body();
+    return FLEXDIT_OK;
+  } catch (const ArgumentError& error) {
+    return fail(FLEXDIT_INVALID_ARGUMENT, error.what());
+  } catch (const CheckpointError& error) {
+    return fail(FLEXDIT_CHECKPOINT_ERROR, error.what());
+  } catch (const DeviceError& error) {
+    return fail(FLEXDIT_DEVICE_ERROR, error.what());
+  } catch (const std::bad_alloc&) {
+    return fail(FLEXDIT_OUT_OF_MEMORY, "not enough memory");
+  } catch (const std::exception& error) {
+    return fail(FLEXDIT_INTERNAL_ERROR, error.what());
+  } catch (...) {
+    return fail(FLEXDIT_INTERNAL_ERROR, "an exception of unknown type");
+  }
+}
+
+void require(bool holds, const std::string& message) {
+  if (!holds) throw ArgumentError(message);
+}
+void require_pointer(const void* pointer, const char* name) {
+  require(pointer != nullptr, std::string(name) + " is NULL, must point to something");
+}
+
+std::optional<DType> dtype_from(flexdit_dtype dtype) {
+  require(dtype >= FLEXDIT_KEEP_DTYPE && dtype <= FLEXDIT_FLOAT64,
+          "dtype is " + std::to_string(dtype) + ", must be one of the FLEXDIT_ dtypes, -1 to 3");
+  if (dtype == FLEXDIT_KEEP_DTYPE) return {};
+  return static_cast<DType>(dtype);
+}
+
+int64_t property_of(const Checkpoint& c, flexdit_property property) {
+  int64_t count = 0;
+  switch (property) {
+    case FLEXDIT_INPUT_HEIGHT:
+      return c.config.input_height;
+    case FLEXDIT_INPUT_WIDTH:
+      return c.config.input_width;
+    case FLEXDIT_IN_CHANNELS:
+      return c.config.in_channels;
+    case FLEXDIT_OUT_CHANNELS:
+      return c.config.out_channels;
+    case FLEXDIT_NUM_CLASSES:
+      return c.num_classes;
+    case FLEXDIT_HAS_NULL_CLASS:
+      return c.has_null_class;
+    case FLEXDIT_NUM_TIMESTEPS:
+      return c.schedule.num_timesteps();
+    case FLEXDIT_DTYPE:
+      return static_cast<int64_t>(c.dtype);
+    case FLEXDIT_NUM_PARAMETERS:
+      for (const Matrix& m : c.parameters) count += m.rows * m.cols;
+      return count;
+  }
+  throw ArgumentError("property is " + std::to_string(property) + ", must be one of flexdit_property, 0 to 8");
+}
+
+}  // namespace
+
+const char* flexdit_version(void) { return FLEXDIT_VERSION; }
+
+const char* flexdit_last_error(void) { return last_error; }
+
+flexdit_status flexdit_checkpoint_load(const char* path, flexdit_dtype dtype, flexdit_checkpoint** checkpoint) {
+  return guarded([&] {
+    require_pointer(checkpoint, "checkpoint");
+    *checkpoint = nullptr;
+    require_pointer(path, "path");
+    *checkpoint = new flexdit_checkpoint{Checkpoint::load(path, dtype_from(dtype))};
+  });
+}
+
+void flexdit_checkpoint_free(flexdit_checkpoint* checkpoint) { delete checkpoint; }
+
+flexdit_status flexdit_checkpoint_get(const flexdit_checkpoint* checkpoint, flexdit_property property, int64_t* value) {
+  return guarded([&] {
+    require_pointer(checkpoint, "checkpoint");
+    require_pointer(value, "value");
+    *value = property_of(checkpoint->value, property);
+  });
+}

@@ -1,0 +1,32 @@
+// What SamplingModel holds.
+#pragma once
+
+#include "flexdit/session.h"
+#include "ops/memory.h"
+
+namespace flexdit {
+
+struct SamplingModel::Prepared {
+  Config config;
+  DensitySchedule schedule;
+  DType dtype;
+  int64_t null_label;
+  Execution exec;
+
+  std::vector<Matrix> parameters;  // those that are packed and the modulation layers have no data
+  std::vector<PackedWeightPointer> packed_owners;
+  std::vector<const PackedWeight*> packed;
+  std::vector<Matrix> folded;
+  Matrix modulation_weight, modulation_bias;  // of all blocks and the final layer
+  PackedWeightPointer modulation_packed;
+  Buffer storage, modulation_storage;
+
+  explicit Prepared(const SamplingModelOptions& options);
+
+ private:
+  void take_parameters(std::span<const Matrix> from);
+  void take_modulations(std::span<const Matrix> from);
+  void fold(const Matrix& w_o, const Matrix& w_v, const Matrix& b_o, const Matrix& b_v, Matrix& weight, Matrix& bias);
+};
+
+}  // namespace flexdit

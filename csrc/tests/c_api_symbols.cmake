@@ -1,0 +1,12 @@
+# libflexdit_c exports the functions of flexdit/c_api.h and nothing else.
+execute_process(COMMAND ${NM} -D --defined-only ${LIBRARY} OUTPUT_VARIABLE symbols COMMAND_ERROR_IS_FATAL ANY)
+file(READ ${CMAKE_CURRENT_LIST_DIR}/../include/flexdit/c_api.h header)
+string(REGEX MATCHALL "FLEXDIT_API [^(;]*[( ](flexdit_[a-z_]+)\\(" declarations "${header}")
+list(TRANSFORM declarations REPLACE ".*(flexdit_[a-z_]+)\\($" "\\1" OUTPUT_VARIABLE expected)
+string(REGEX MATCHALL "[^ \n]+\n" exported "${symbols}")
+list(TRANSFORM exported STRIP)
+list(SORT expected)
+list(SORT exported)
+if(NOT expected OR NOT "${expected}" STREQUAL "${exported}")
+  message(FATAL_ERROR "exported: ${exported}\nc_api.h declares: ${expected}")
+endif()
