@@ -5,6 +5,7 @@ from . import convert, diffusion, ops, reference
 from .config import FlexDiTConfig
 from .layout import TokenLayout
 from .model import FlexDiT
+from .sampler import QueueFull, Sampler, Session
 from .sampling import sample
 from .schedule import DensitySchedule
 from .version import __version__
@@ -13,6 +14,9 @@ __all__ = [
     "DensitySchedule",
     "FlexDiT",
     "FlexDiTConfig",
+    "QueueFull",
+    "Sampler",
+    "Session",
     "TokenLayout",
     "__version__",
     "convert",

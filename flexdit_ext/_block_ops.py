@@ -431,3 +431,34 @@ def _final_gradient(ctx, grad_out):
 
 
 final_layer.register_autograd(_final_gradient, setup_context=_save_final)
+
+
+# Classifier-free guidance
+
+
+@custom_op("flexdit_ext::guidance_combine", mutates_args=())
+def guidance_combine(x: Tensor, guided: int, scale: float) -> Tensor:
+    """x [2 B, C, H, W], conditional then unconditional: both halves' first `guided` channels become
+    uncond + scale (cond - uncond)."""
+    require_device("guidance_combine", x=x)
+    out = x.clone(memory_format=torch.contiguous_format)
+    _C.guidance_combine(out, x.shape[1], guided, scale, execution(x))
+    return out
+
+
+@guidance_combine.register_fake
+def _(x, guided, scale):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _save_guidance(ctx, inputs, output):
+    _, ctx.guided, ctx.scale = inputs
+
+
+def _guidance_gradient(ctx, grad):
+    both = sum(grad[:, : ctx.guided].chunk(2))
+    mixed = torch.cat([ctx.scale * both, (1 - ctx.scale) * both])
+    return torch.cat([mixed, grad[:, ctx.guided :]], dim=1), None, None
+
+
+guidance_combine.register_autograd(_guidance_gradient, setup_context=_save_guidance)

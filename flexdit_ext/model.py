@@ -159,10 +159,7 @@ class FlexDiT(nn.Module):
         check_number("cfg_scale", cfg_scale)
         half = x[: x.shape[0] // 2]
         out = self.forward(torch.cat([half, half]), t, y, grid)
-        guided = min(3, self.config.in_channels)
-        conditional, unconditional = out[:, :guided].chunk(2)
-        combined = unconditional + cfg_scale * (conditional - unconditional)
-        return torch.cat([torch.cat([combined, combined]), out[:, guided:]], dim=1)
+        return _block_ops.guidance_combine(out, min(3, self.config.in_channels), float(cfg_scale))
 
     def macs(self, grid: Grid | None = None) -> float:
         """Multiply-accumulates of one sample's forward pass at a sparse grid, as this library computes them, attention

@@ -11,28 +11,27 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from . import _C
+from ._arguments import check_number
 from .diffusion.ddpm import split_output
 from .diffusion.samplers import Sampler, make_sampler
 
-__all__ = ["derive_seed", "sample"]
+__all__ = ["derive_seed", "normal_noise", "sample"]
 
 _CONFIG_FIELDS = ("input_size", "in_channels", "num_classes", "class_dropout_prob")
 
 
 def derive_seed(seed: int, index: int) -> int:
-    """The seed, in [0, 2**32), of sample `index` of a run: distinct for distinct indices below 2**32.
+    """The seed, in [0, 2**64), of sample `index` of a run: distinct for distinct indices."""
+    return _C.derive_seed(seed, index)
 
-    torch's CPU generator reads 32 bits of a seed, so both are mixed down to them: splitmix64 makes two keys of
-    `seed`, and MurmurHash3's finalizer, which is one-to-one, scatters the index between them.
-    """
-    z = (seed + 0x9E3779B97F4A7C15) & (2**64 - 1)
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & (2**64 - 1)
-    z ^= z >> 31
-    mixed = (index + z) & (2**32 - 1)
-    mixed = (mixed ^ (mixed >> 16)) * 0x85EBCA6B & (2**32 - 1)
-    mixed = (mixed ^ (mixed >> 13)) * 0xC2B2AE35 & (2**32 - 1)
-    return mixed ^ (mixed >> 16) ^ (z >> 32)
+
+def normal_noise(seeds: Sequence[int], draw: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normal [len(seeds), *shape] on the CPU; row b is draw `draw` of the stream of seeds[b], whatever the
+    others are (csrc/include/flexdit/ops.h, NormalNoise: Philox4x32-10 and Box-Muller)."""
+    out = torch.empty(len(seeds), *shape, dtype=dtype, device="cpu")
+    _C.normal_noise(list(seeds), draw, out, torch.get_num_threads())
+    return out
 
 
 @torch.no_grad()
@@ -46,6 +45,7 @@ def sample(
     *,
     eta: float = 0.0,
     grid=None,
+    guidance_interval: tuple[float, float] | None = None,
     guidance_channels: int | str | None = None,
     clip_x0: bool = False,
     batch_size: int | None = None,
@@ -58,19 +58,23 @@ def sample(
     its training flags are restored, and torch's global random state is neither read nor changed.
 
     model: called as model(x, t, y, grid=grid); has .config with input_size, in_channels, num_classes and
-        class_dropout_prob. A flow model for sampler="flow", a DDPM model (epsilon, maybe learned variance) otherwise.
+        class_dropout_prob. A flow model for "flow" and "heun", a DDPM model (epsilon, maybe learned variance)
+        otherwise. flexdit_ext.Sampler gives a FlexDiT's same images faster.
     y: int64 (or int32) [B] or a list of ints, labels in 0..num_classes - 1, or num_classes, the null class, where
         class_dropout_prob > 0.
     steps: int in 1..1000; for ddim and ddpm also a respacing string such as "ddim50" (see space_timesteps).
-    sampler: "ddim", "ddpm" (learned variance where the model has one), "dpmpp" (DPM-Solver++(2M)) or "flow" (Euler).
+    sampler: "ddim", "ddpm" (learned variance where the model has one), "dpmpp" (DPM-Solver++(2M)), "flow" (Euler) or
+        "heun" (flow, second order: 2 steps - 1 passes of the model).
     cfg_scale: classifier-free guidance, >= 0, one for all or one per sample:
         uncond + cfg_scale * (cond - uncond) (Ho and Salimans, arXiv 2207.12598, with cfg_scale = 1 + w).
         1 is no guidance, and one model call per step in place of a doubled batch.
-    seed: int in [0, 2**64): sample i draws all its noise from a generator of its own, seeded by
-        (seed, start_index + i), on the CPU in float32; so an image does not depend on the batch it is in. A list of B
-        ints gives sample i the noise that a run with seed[i] gives its sample 0.
+    seed: int in [0, 2**64): sample i draws all its noise from a stream of its own, of derive_seed(seed,
+        start_index + i), so that an image does not depend on the batch it is in. A list of B ints gives sample i the
+        noise that a run with seed[i] gives its sample 0.
     eta: DDIM's eta in [0, 1].
     grid: sparse grid for the model: None (its schedule), one grid (h, w), or a list of B grids.
+    guidance_interval: (first, last) timestep at which cfg_scale guides, both included; None: all (Kynkäänniemi et al.,
+        arXiv 2404.07724).
     guidance_channels: how many of the first prediction channels are guided: None is DiT's min(3, C); "all"; or an int
         in 1..C. The other channels and the learned variance are the conditional ones.
     clip_x0: clamp the predicted x0 to [-1, 1] at each step (for models of pixels).
@@ -81,13 +85,14 @@ def sample(
     Raises TypeError or ValueError, naming the argument, what it was and what is allowed, before anything is computed.
     """
     config = _check_config(model)
-    labels = _check_labels(y, config)
+    labels = check_labels(y, config)
     total = len(labels)
     walker = make_sampler(sampler, steps, eta, clip_x0)
-    scales = _check_cfg_scale(cfg_scale, total, config)
-    channels = _check_guidance_channels(guidance_channels, config)
-    seeds = _check_seeds(seed, _check_int("start_index", start_index, 0), total)
-    grids = _check_grid(grid, total)
+    scales = check_cfg_scale(cfg_scale, total, config)
+    interval = check_interval(guidance_interval)
+    channels = check_guidance_channels(guidance_channels, config)
+    seeds = check_seeds(seed, _check_int("start_index", start_index, 0), total)
+    grids = check_grids(grid, total)
     batch_size = total if batch_size is None else _check_int("batch_size", batch_size, 1)
     dtype, device = _dtype_and_device(model)
 
@@ -95,12 +100,13 @@ def sample(
     shape = (config.in_channels, *((size, size) if isinstance(size, int) else size))
     chunks = [slice(start, min(start + batch_size, total)) for start in range(0, total, batch_size)]
     out = torch.empty(total, *shape, dtype=dtype, device=device)
-    with _eval_mode(model), _progress_bar(progress, len(chunks) * len(walker.steps)) as tick:
+    with _eval_mode(model), progress_bar(progress, len(chunks) * len(walker.steps)) as tick:
         for part in chunks:
             denoiser = _Denoiser(
                 model,
                 labels[part].to(device),
                 None if scales is None else scales[part].to(device),
+                interval,
                 channels,
                 grids[part] if isinstance(grids, list) else grids,
                 config,
@@ -114,15 +120,9 @@ def _walk(walker: Sampler, denoiser: _Denoiser, seeds: list[int], shape: tuple, 
     """One batch from noise to latents, in the solver's dtype."""
     state_dtype = torch.promote_types(denoiser.dtype, torch.float32)
     device = denoiser.labels.device
-    generators = [torch.Generator().manual_seed(s) for s in seeds]
-
-    def draw() -> Tensor:
-        noise = torch.stack([torch.randn(shape, generator=g, dtype=torch.float32) for g in generators])
-        return noise.to(device=device, dtype=state_dtype)
-
-    x = draw()
+    x = normal_noise(seeds, 0, shape, state_dtype).to(device)
     for i, timestep in enumerate(walker.timesteps):
-        noise = draw() if walker.needs_noise(i) else None
+        noise = normal_noise(seeds, i + 1, shape, state_dtype).to(device) if walker.needs_noise(i) else None
         x = walker.step(denoiser(x, timestep), i, x, noise)
         tick()
     return x
@@ -131,25 +131,28 @@ def _walk(walker: Sampler, denoiser: _Denoiser, seeds: list[int], shape: tuple, 
 class _Denoiser:
     """The model's output for one batch, guided."""
 
-    def __init__(self, model, labels, scales, channels, grids, config, dtype):
+    def __init__(self, model, labels, scales, interval, channels, grids, config, dtype):
+        self.interval = interval
         self.model, self.labels, self.channels, self.dtype = model, labels, channels, dtype
         self.in_channels = config.in_channels
         # All scales 1: the conditional output alone is the same thing.
         self.scales = None if scales is None or bool((scales == 1).all()) else scales.view(-1, 1, 1, 1)
-        self.grids = grids
+        self.grids = self.both_grids = grids
         if self.scales is not None:
-            self.grids = grids + grids if isinstance(grids, list) else grids
+            self.both_grids = grids + grids if isinstance(grids, list) else grids
             self.both_labels = torch.cat([labels, torch.full_like(labels, config.num_classes)])
 
     def __call__(self, x: Tensor, timestep: float) -> Tensor:
         """x [B, C, H, W] in the solver's dtype -> [B, C or 2C, H, W] in the same dtype."""
-        guided = self.scales is not None
+        guided = self.scales is not None and self.interval[0] <= timestep <= self.interval[1]
         labels = self.both_labels if guided else self.labels
         # Integer timesteps stay integers, as in DiT; flow's are float32.
         t_dtype = torch.int64 if isinstance(timestep, int) else torch.float32
         t = torch.full((len(labels),), timestep, dtype=t_dtype, device=x.device)
         inputs = torch.cat([x, x]) if guided else x
-        output = self.model(inputs.to(self.dtype), t, labels, grid=self.grids).to(x.dtype)
+        output = self.model(inputs.to(self.dtype), t, labels, grid=self.both_grids if guided else self.grids).to(
+            x.dtype
+        )
         split_output(output, self.in_channels)  # for its check
         if not guided:
             return output
@@ -172,7 +175,7 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _progress_bar(progress: bool, total_steps: int) -> Iterator:
+def progress_bar(progress: bool, total_steps: int) -> Iterator:
     """Yields what to call after each step."""
     bar = None
     if progress:
@@ -221,7 +224,7 @@ def _check_int(name: str, value, low: int, high: int | None = None) -> int:
     return value
 
 
-def _check_labels(y, config) -> Tensor:
+def check_labels(y, config) -> Tensor:
     if not isinstance(y, Tensor):
         if isinstance(y, (str, bytes)) or not hasattr(y, "__len__"):
             raise TypeError(f"y: must be an int64 tensor [B] or a list of ints, got {type(y).__name__}")
@@ -239,7 +242,7 @@ def _check_labels(y, config) -> Tensor:
     return y.to(torch.int64)
 
 
-def _check_cfg_scale(cfg_scale, total: int, config) -> Tensor | None:
+def check_cfg_scale(cfg_scale, total: int, config) -> Tensor | None:
     """None without guidance, else float64 [B] on the CPU."""
     try:
         scales = torch.as_tensor(cfg_scale).detach().cpu()
@@ -263,7 +266,18 @@ def _check_cfg_scale(cfg_scale, total: int, config) -> Tensor | None:
     return scales
 
 
-def _check_guidance_channels(guidance_channels, config) -> int:
+def check_interval(guidance_interval) -> tuple[float, float]:
+    if guidance_interval is None:
+        return (0.0, math.inf)
+    if not isinstance(guidance_interval, (tuple, list)) or len(guidance_interval) != 2:
+        raise TypeError(f"guidance_interval = {guidance_interval!r}: must be (first, last) timestep or None")
+    first, last = (check_number(f"guidance_interval[{i}]", value) for i, value in enumerate(guidance_interval))
+    if not first <= last:
+        raise ValueError(f"guidance_interval = {guidance_interval!r}: the first must be at most the last")
+    return first, last
+
+
+def check_guidance_channels(guidance_channels, config) -> int:
     if guidance_channels is None:
         return min(3, config.in_channels)
     if isinstance(guidance_channels, str):
@@ -275,7 +289,7 @@ def _check_guidance_channels(guidance_channels, config) -> int:
     return _check_int("guidance_channels", guidance_channels, 1, config.in_channels)
 
 
-def _check_seeds(seed, start_index: int, total: int) -> list[int]:
+def check_seeds(seed, start_index: int, total: int) -> list[int]:
     if isinstance(seed, Tensor):
         seed = seed.tolist()
     if isinstance(seed, (list, tuple)):
@@ -286,7 +300,7 @@ def _check_seeds(seed, start_index: int, total: int) -> list[int]:
     return [derive_seed(seed, start_index + i) for i in range(total)]
 
 
-def _check_grid(grid, total: int):
+def check_grids(grid, total: int):
     """None, one tuple for all samples, or a list of one tuple per sample."""
 
     def one(value, name: str) -> tuple[int, ...]:

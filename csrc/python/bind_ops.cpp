@@ -143,6 +143,16 @@ void bind_tokens(py::module_& m) {
   });
 }
 
+void bind_guidance(py::module_& m) {
+  m.def("guidance_combine",
+        [](py::object images, int64_t channels, int64_t guided_channels, double scale, const Execution& exec) {
+          run(guidance_combine,
+              GuidanceCombine{
+                  .images = matrix(images), .channels = channels, .guided_channels = guided_channels, .scale = scale},
+              exec);
+        });
+}
+
 void bind_attention(py::module_& m) {
   m.def("attention", [](py::object q, py::object k, py::object v, int64_t num_heads, py::object table_q,
                         py::object table_k, py::object out, py::object lse, const Execution& exec) {
@@ -203,6 +213,7 @@ void bind_ops(py::module_& m) {
   bind_tokens(m);
   bind_attention(m);
   bind_linear(m);
+  bind_guidance(m);
 }
 
 }  // namespace flexdit::python

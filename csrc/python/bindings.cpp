@@ -71,4 +71,5 @@ PYBIND11_MODULE(FLEXDIT_MODULE, m) {
   fp::bind_schedule(m);
   fp::bind_ops(m);
   fp::bind_model(m);
+  fp::bind_session(m);
 }

@@ -59,5 +59,6 @@ void clear_spare_rows(const Matrix& m, const TokenLayout& layout, const Executio
 
 void bind_ops(py::module_& m);
 void bind_model(py::module_& m);
+void bind_session(py::module_& m);
 
 }  // namespace flexdit::python

@@ -9,6 +9,7 @@ are computed in float64, so an engine in another language needs only them and th
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
 import operator
@@ -31,6 +32,7 @@ class SamplerStep:
     x0_coef: float
     x0_previous_coef: float = 0.0
     noise_coef: float = 0.0
+    log_variances: tuple[float, float] | None = None  # smallest and largest, where the model may learn the variance
 
 
 class Sampler:
@@ -123,6 +125,9 @@ class DDPMSampler(Sampler):
                 x_coef=d.posterior_mean_x[k].item(),
                 x0_coef=d.posterior_mean_x0[k].item(),
                 noise_coef=math.sqrt(d.posterior_variance[k].item()),
+                log_variances=None
+                if variance == "fixed_small"
+                else (d.posterior_log_variance[k].item(), d.log_betas[k].item()),
             )
             for k in reversed(range(d.num_timesteps))
         ]
@@ -227,11 +232,44 @@ class FlowEulerSampler(Sampler):
         ]
 
 
-SAMPLERS = {"ddim": DDIMSampler, "ddpm": DDPMSampler, "dpmpp": DPMSolverPPSampler, "flow": FlowEulerSampler}
+class FlowHeunSampler(Sampler):
+    """Heun's steps x += (t' - t) (v + v') / 2 at Euler's times, v' being the velocity at Euler's x'; the last step is
+    Euler's.
+
+    2 n - 1 passes of the model. v = (x - x0) / t and x = (t / t') x' + (1 - t / t') x0 bring the second pass into the
+    tables' form. Source: Karras et al. 2022 (arXiv 2206.00364), algorithm 1, on the linear path.
+    """
+
+    def __init__(self, steps: int, clip_x0: bool = False):
+        super().__init__(clip_x0)
+        euler = FlowEulerSampler(steps).steps
+        self.steps = []
+        for step, following in itertools.pairwise(euler):
+            t, s = -step.x0_from_output, -following.x0_from_output
+            half = (s - t) / 2
+            second = SamplerStep(
+                timestep=following.timestep,
+                x0_from_x=1.0,
+                x0_from_output=-s,
+                x_coef=(1 + half / t) * t / s + half / s,
+                x0_coef=-half / s,
+                x0_previous_coef=(1 + half / t) * (1 - t / s) - half / t,
+            )
+            self.steps += [step, second]
+        self.steps.append(euler[-1])
+
+
+SAMPLERS = {
+    "ddim": DDIMSampler,
+    "ddpm": DDPMSampler,
+    "dpmpp": DPMSolverPPSampler,
+    "flow": FlowEulerSampler,
+    "heun": FlowHeunSampler,
+}
 
 
 def make_sampler(sampler: str = "ddim", steps: int | str = 50, eta: float = 0.0, clip_x0: bool = False) -> Sampler:
-    """A sampler by name: "ddim", "ddpm", "dpmpp" (DPM-Solver++(2M)) or "flow" (Euler).
+    """A sampler by name: "ddim", "ddpm", "dpmpp" (DPM-Solver++(2M)), "flow" (Euler) or "heun" (flow, second order).
 
     steps: int in 1..1000; ddim and ddpm also take a respacing string such as "ddim50" (see space_timesteps).
     eta: DDIM's, in [0, 1]; the others take only 0. Raises ValueError or TypeError naming the argument.
