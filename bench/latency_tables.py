@@ -75,11 +75,11 @@ def note(result: dict) -> str:
     graphs = " (mode reduce-overhead: CUDA graphs)" if cuda else ""
     target = " The times asked for are an H200's." if cuda else ""
     return (
-        f"Random weights, bfloat16, one image with guidance (2 samples a step), DDIM. ms a step: {how}, {middle}. A step "
-        "is Session.step for the Sampler, for the module its forward of the guided pair alone, else the whole loop's "
-        "step: forward, guidance, update. An image: wall time from its request to the latent, all its modulations "
-        f"included. In brackets: how many times as fast the Sampler's step is. torch.compile{graphs} compiles the whole "
-        f"model once for each sparse grid.{target}"
+        f"Random weights, bfloat16, one image with guidance (2 samples a step), DDIM. ms a step: {how}, {middle}. "
+        "A step is Session.step for the Sampler, for the module its forward of the guided pair alone, else the whole "
+        "loop's step: forward, guidance, update. An image: wall time from its request to the latent, all its "
+        "modulations included. In brackets: how many times as fast the Sampler's step is. "
+        f"torch.compile{graphs} compiles the whole model once for each sparse grid.{target}"
     )
 
 
