@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from harness import commit
+from harness import commit, machine
 
 Run = Callable[[], object]
 CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw", "power.limit", "temperature.gpu")
@@ -235,6 +235,19 @@ def result_name(kind: str, where: dict) -> str:
     """gpu_kernels_2026-01-31_nvidia-h200: letters, digits, '.', '_' and '-' alone."""
     device = re.sub(r"[^a-z0-9.]+", "-", where["device"].lower()).strip("-")
     return f"gpu_{kind}_{where['date']}_{device}"
+
+
+def conditions(device: Device, smoke: bool) -> dict:
+    """What the result of a script that runs on either device begins with; on a GPU its ceilings and clocks, too."""
+    if not device.cuda:
+        return {"smoke": smoke, "machine": machine()}
+    result = {"smoke": smoke, "environment": environment(device), "clocks": {"begin": clocks()}}
+    return result | {"ceilings": ceilings(device, 1 << 20, 64) if smoke else ceilings(device)}
+
+
+def result_file(kind: str, result: dict) -> str:
+    """Without suffix: KIND_cpu, or result_name() on a GPU."""
+    return result_name(kind, result["environment"]) if "environment" in result else f"{kind}_cpu"
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -24,21 +24,21 @@ from gpu_timing import (
     Budget,
     Device,
     NotRun,
-    ceilings,
     clocks,
-    environment,
+    conditions,
     folder,
     reason,
     relative_error,
-    result_name,
+    result_file,
     time_limit,
 )
-from harness import bars, machine, save, write
+from harness import bars, save, write
 from latency_loops import COMPILED, EAGER, MODULE, SAMPLER, Contenders, Loop, Row, all_rows, smoke_rows
 from latency_tables import markdown
 
 TOLERANCE = 0.1  # relative, of the image: bfloat16 rounding, amplified by guidance, against the eager reference
 LEAST_S = 10  # a row is not begun with less
+KEPT_S = {"cuda": 30, "cpu": 60}  # for what a later row with targets has beside its compilation
 
 
 class Settings:
@@ -58,19 +58,21 @@ class Settings:
     def steps_of(self, row: Row) -> int:
         return self.steps or (50 if self.device.cuda else row.cpu_steps)
 
-    def limit(self, name: str) -> float:
+    def limit(self, name: str, targets_later: int) -> float:
         """Seconds that getting a contender ready may take; the measurement needs some after it."""
         left = self.budget.remaining() - min(self.row_s, LEAST_S)
+        if name == COMPILED:
+            left -= targets_later * KEPT_S[self.device.kind]
         if left <= 1:
-            raise NotRun("the time budget was used up")
+            raise NotRun("the time budget was used up" if not targets_later else "time was kept for rows with targets")
         return min(left, self.compile_s) if name == COMPILED else left
 
 
-def ready(name: str, make: Callable[[], Loop], settings: Settings) -> tuple[Loop, torch.Tensor | None, dict]:
+def ready(make: Callable[[], Loop], settings: Settings, limit_s: float) -> tuple[Loop, torch.Tensor | None, dict]:
     """A contender that has sampled one image, and this image. Raises NotRun with the reason where it cannot run."""
     begin = time.monotonic()
     try:
-        with time_limit(settings.limit(name), "getting ready"):
+        with time_limit(limit_s, "getting ready"):
             loop = make()
             image, _ = loop.run(settings.device)
     except NotRun:
@@ -84,13 +86,13 @@ def ready(name: str, make: Callable[[], Loop], settings: Settings) -> tuple[Loop
 def take_turns(loops: dict[str, Loop], settings: Settings) -> dict[str, dict]:
     """Times of every contender over its runs, in alternating order; at least two runs, unless the budget ends."""
     runs: dict[str, list[dict]] = {name: [] for name in loops}
-    begin, limit_s = time.monotonic(), min(settings.row_s, max(settings.budget.remaining(), 0))
+    begin, left_s = time.monotonic(), settings.budget.remaining()
     gc.collect()
     gc.disable()
     try:
         for turn in range(settings.rounds):
-            spent = time.monotonic() - begin
-            if turn and spent * (turn + 1) / turn > (limit_s if turn > 1 else settings.budget.remaining() + spent):
+            allowed_s = left_s if turn == 1 else min(left_s, settings.row_s)
+            if turn and (time.monotonic() - begin) * (turn + 1) / turn > allowed_s:
                 break
             for name in list(loops) if turn % 2 == 0 else reversed(list(loops)):
                 runs[name].append(loops[name].run(settings.device)[1])
@@ -107,7 +109,7 @@ def summary(loop: Loop, runs: list[dict]) -> dict:
     return times
 
 
-def measured(row: Row, settings: Settings) -> dict:
+def measured(row: Row, settings: Settings, targets_later: int) -> dict:
     """One row of the result: times, or why there are none, of every contender."""
     device, steps = settings.device, settings.steps_of(row)
     loops, images, facts, table = {}, {}, {}, {}
@@ -116,7 +118,7 @@ def measured(row: Row, settings: Settings) -> dict:
             continue
         table[name] = {}  # in this order in the result
         try:
-            loops[name], images[name], facts[name] = ready(name, make, settings)
+            loops[name], images[name], facts[name] = ready(make, settings, settings.limit(name, targets_later))
         except NotRun as error:
             table[name] = {"not_run": reason(error)}
     for name in (SAMPLER, COMPILED):
@@ -135,10 +137,11 @@ def measured(row: Row, settings: Settings) -> dict:
 
 
 def run_rows(rows: list[Row], settings: Settings, result: dict, keep: Callable[[], None]) -> None:
-    for row in rows:
+    for i, row in enumerate(rows):
         try:
             settings.budget.require(LEAST_S)
-            result["rows"].append(measured(row, settings))
+            later = sum(settings.device.kind in other.targets for other in rows[i + 1 :])
+            result["rows"].append(measured(row, settings, later))
         except (NotRun, torch.OutOfMemoryError, MemoryError) as error:
             result["not_run"][row.name] = reason(error)
         keep()
@@ -146,19 +149,6 @@ def run_rows(rows: list[Row], settings: Settings, result: dict, keep: Callable[[
         gc.collect()  # modules hold themselves in cycles, and the next row wants their memory
         if settings.device.cuda:
             torch.cuda.empty_cache()
-
-
-def where(device: Device, smoke: bool) -> dict:
-    """What every result begins with; on a GPU the ceilings and the clocks as well."""
-    if not device.cuda:
-        return {"smoke": smoke, "machine": machine()}
-    result = {"smoke": smoke, "environment": environment(device), "clocks": {"begin": clocks()}}
-    result["ceilings"] = ceilings(device, 1 << 20, 64) if smoke else ceilings(device)
-    return result
-
-
-def name_of(kind: str, result: dict) -> str:
-    return result_name(kind, result["environment"]) if "environment" in result else f"{kind}_cpu"
 
 
 def failures(result: dict) -> list[str]:
@@ -205,9 +195,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.device == "cpu":
         torch.set_num_threads(arguments.threads)
     settings, out = Settings(arguments), folder(arguments.out, arguments.smoke)
-    result = where(settings.device, settings.smoke)
+    result = conditions(settings.device, settings.smoke)
     result |= {"rows": [], "not_run": {name: f"--rows {arguments.rows}" for name in skipped}}
-    name = name_of("latency", result)
+    name = result_file("latency", result)
     run_rows(rows, settings, result, lambda: save(name, result, markdown(result), out))
     if settings.device.cuda:
         result["clocks"]["end"] = clocks()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gpu_tables
-from gpu_tables import asked, at_most, verdict
-from harness import machine_line, table
+from gpu_tables import asked, at_most, header, left_over, verdict
+from harness import table
 from latency_loops import COMPILED, DIFFUSERS, EAGER, MODULE, SAMPLER
 
 RIVALS = (MODULE, EAGER, COMPILED, DIFFUSERS)
@@ -58,14 +57,7 @@ def line(row: dict) -> list[str]:
 def left_out(result: dict) -> str:
     names = [(f"{row['name']}, {name}", times) for row in result["rows"] for name, times in row["contenders"].items()]
     reasons = {name: times["not_run"] for name, times in names if "not_run" in times}
-    return gpu_tables.left_over({"not_run": reasons | result["not_run"]})
-
-
-def header(result: dict) -> str:
-    """Where and when; every script of the sampling engine writes it."""
-    if "ceilings" in result:
-        return gpu_tables.header(result)
-    return ("SMOKE RUN, no measurement. " if result["smoke"] else "") + machine_line(result["machine"])
+    return left_over({"not_run": reasons | result["not_run"]})
 
 
 def note(result: dict) -> str:
