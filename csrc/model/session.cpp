@@ -13,7 +13,8 @@ namespace {
 
 std::string text(double value) {
   std::string s = std::to_string(value);
-  return s.substr(0, s.find_last_not_of('0') + 1) + (s.back() == '.' ? "0" : "");
+  if (s.find('.') != std::string::npos) s.erase(s.find_last_not_of('0') + 1);
+  return s.back() == '.' ? s + "0" : s;
 }
 
 // Rows of model_modulation for some steps of a request; requests that were computed together share the table.
