@@ -104,7 +104,7 @@ class Sampler:
         grids = check_grids(grid, total)
         for name, one in _named_grids(grids):
             self.config.check_sparse_grid(name, one)
-        batch_size = total if batch_size is None else check_count("batch_size", batch_size, 1, 2**31 - 1)
+        batch_size = total if batch_size is None else check_int("batch_size", batch_size, 1, 2**31 - 1)
         table = _table(self.config, sampler, steps, eta, clip_x0)
         interval = check_interval(guidance_interval)
 
