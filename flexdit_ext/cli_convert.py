@@ -58,8 +58,8 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--dit-constants",
         action="store_true",
-        help="of a diffusers model that DiT's authors trained (facebook/DiT-*): compute as they did, with DiT's timestep "
-        "frequencies and epsilon instead of diffusers'",
+        help="of a diffusers model that DiT's authors trained (facebook/DiT-*): compute as they did, with DiT's "
+        "timestep frequencies and epsilon instead of diffusers'",
     )
     parser.add_argument("--ignore-unused", action="store_true", help="leave out tensors that the model does not have")
     parser.set_defaults(run=run)

@@ -24,9 +24,9 @@ class FlexDiTTransformer2DModel(ModelMixin, ConfigMixin):
 
     Arguments are FlexDiTConfig's fields, except that input_size is called sample_size, as pipelines expect it; schedule
     is a DensitySchedule's dict or None. out_channels, which pipelines read, follows from in_channels and learn_sigma
-    and is checked if given. save_pretrained, from_pretrained, dtypes, devices and gradient checkpointing are diffusers'.
+    and is checked if given. Files, dtypes, devices and gradient checkpointing are diffusers'.
 
-    DiTPipeline takes label 1000 for the null class, so guidance (guidance_scale above 1) needs num_classes = 1000 there.
+    DiTPipeline takes label 1000 for the null class, so guidance (guidance_scale above 1) needs 1000 classes there.
     """
 
     _supports_gradient_checkpointing = True

@@ -13,10 +13,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import LAYOUT, assert_same_model, dit_config, dit_model, dit_state_dict, model_inputs, same_tensors
+from helpers import (
+    LAYOUT,
+    assert_same_model,
+    dit_config,
+    dit_model,
+    dit_state_dict,
+    model_inputs,
+    relative_error,
+    same_tensors,
+)
 from test_convert_dit import diffusers_dit
 
-from flexdit_ext import DensitySchedule, FlexDiT, FlexDiTConfig, convert
+from flexdit_ext import DensitySchedule, FlexDiT, FlexDiTConfig, Sampler, convert, sample
 
 DIFFUSERS = {"timestep_shift": 1, "mlp_norm_eps": 1e-5}  # what DiTTransformer2DModel computes with
 
@@ -89,6 +98,16 @@ def test_diffusers_has_no_place_for_positions():
         convert.to_diffusers(model)
 
 
+def test_sampler_computes_with_the_constants():
+    """The engine makes timestep features of its own; 2e-4 apart by their rounding, 0.2 by the constants."""
+    model = dit_model(torch.float32, timestep_shift=1, mlp_norm_eps=0.1)
+    run = {"y": [1, 2], "steps": 3, "seed": 1}
+    expected = sample(model, **run)
+    assert relative_error(Sampler(model).sample(**run), expected) < 2e-3
+    plain = dit_model(torch.float32)  # the same weights
+    assert relative_error(Sampler(plain).sample(**run), expected) > 2e-2
+
+
 # ---- facebookresearch/DiT -------------------------------------------------------------------------------------------
 
 
@@ -123,7 +142,7 @@ def test_what_dit_cannot_express(overrides, message):
 
 @pytest.fixture
 def original_dit():
-    """The class DiT of a checkout of facebookresearch/DiT (or fast-DiT, whose models.py is the same but for attention)."""
+    """The class DiT of a checkout of facebookresearch/DiT or fast-DiT."""
     checkout = os.environ.get("FLEXDIT_DIT")
     if not checkout:
         pytest.skip("FLEXDIT_DIT names no checkout of facebookresearch/DiT")
@@ -258,7 +277,7 @@ def test_unused_and_missing_tensors():
     }
     del state_dict["blocks.11.mlp.fc1.bias"]
     report = convert.Report()
-    with pytest.raises(ValueError, match="1 missing: dense_blocks.11.mlp.fc1.bias"):
+    with pytest.raises(ValueError, match=r"1 missing: dense_blocks\.11\.mlp\.fc1\.bias"):
         convert.from_dit(state_dict, 2, report=report, ignore_unused=True)
     assert report.missing == ["dense_blocks.11.mlp.fc1.bias"]
 
