@@ -99,13 +99,13 @@ def test_diffusers_has_no_place_for_positions():
 
 
 def test_sampler_computes_with_the_constants():
-    """The engine makes timestep features of its own; 2e-4 apart by their rounding, 0.2 by the constants."""
+    """The engine makes timestep features of its own: 2.7e-6 apart, and 0.39 with the other constants."""
     model = dit_model(torch.float32, timestep_shift=1, mlp_norm_eps=0.1)
     run = {"y": [1, 2], "steps": 3, "seed": 1}
     expected = sample(model, **run)
-    assert relative_error(Sampler(model).sample(**run), expected) < 2e-3
+    assert relative_error(Sampler(model).sample(**run), expected) < 1e-4
     plain = dit_model(torch.float32)  # the same weights
-    assert relative_error(Sampler(plain).sample(**run), expected) > 2e-2
+    assert relative_error(Sampler(plain).sample(**run), expected) > 0.1
 
 
 # ---- facebookresearch/DiT -------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def original_dit():
     checkout = os.environ.get("FLEXDIT_DIT")
     if not checkout:
         pytest.skip("FLEXDIT_DIT names no checkout of facebookresearch/DiT")
-    pytest.importorskip("timm")
+    pytest.importorskip("timm", exc_type=ImportError)
     spec = importlib.util.spec_from_file_location("original_dit_models", Path(checkout) / "models.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
