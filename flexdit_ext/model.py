@@ -67,7 +67,8 @@ class FlexDiT(nn.Module):
         self.activation_checkpointing = False
         hidden, patch = config.hidden_size, config.patch_size
         size = (hidden, config.num_heads, config.mlp_hidden_size)
-        self.register_buffer("pos_embed", sincos_position_embedding(config.dense_grid, hidden))
+        position = sincos_position_embedding(config.dense_grid, hidden)
+        self.register_buffer("pos_embed", position.to(torch.get_default_dtype()))  # as the parameters are
         self.patch_embed = nn.Conv2d(config.in_channels, hidden, patch, stride=patch)
         self.timestep_embed = TimestepEmbedding(hidden)
         self.label_embed = nn.Embedding(config.num_classes + (config.class_dropout_prob > 0), hidden)
