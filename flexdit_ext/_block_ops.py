@@ -116,7 +116,8 @@ def _empty_context(kind, parameters, num_heads, x, other, condition, save) -> Te
     """A context large enough for backward; linear in the numbers of rows, so that torch.compile keeps them free."""
     if not save:
         return x.new_empty(0, dtype=torch.uint8)
-    per_row, per_other, per_sample = _context_rates(kind, x.shape[1], parameters[-2].shape[1], num_heads, x.dtype)
+    sizes = int(x.shape[1]), int(parameters[-2].shape[1])  # a model's, so never symbolic in its graphs
+    per_row, per_other, per_sample = _context_rates(kind, *sizes, num_heads, x.dtype)
     other_rows = 0 if other is None else other.shape[0]
     alignment = 64 * 16  # of the context's pieces, fewer than 16
     size = per_row * x.shape[0] + per_other * other_rows + per_sample * condition.shape[0] + alignment

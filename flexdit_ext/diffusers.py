@@ -1,4 +1,8 @@
-"""FlexDiT for diffusers: a model that DiTPipeline takes in place of its DiTTransformer2DModel. Needs diffusers."""
+"""FlexDiT for diffusers: a model that DiTPipeline takes in place of its DiTTransformer2DModel. Needs diffusers.
+
+Import this module before DiTPipeline.from_pretrained of a pipeline with a FlexDiT: diffusers loads classes of others'
+modules only where the program has imported them.
+"""
 
 from __future__ import annotations
 

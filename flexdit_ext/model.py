@@ -78,7 +78,7 @@ class FlexDiT(nn.Module):
         self.final_layer = FinalLayer(hidden, patch * patch * config.out_channels)
         for block in self.modules():
             if isinstance(block, Block):
-                block.mlp_norm_eps = config.mlp_norm_eps
+                block.mlp_norm_eps = str(config.mlp_norm_eps)
         self.reset_parameters()
         self.to(device=device, dtype=dtype)
 
