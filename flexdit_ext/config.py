@@ -122,11 +122,12 @@ class FlexDiTConfig:
         for grid in self.schedule.grids:
             self.check_sparse_grid("schedule", grid)
 
-    def check_sparse_grid(self, name: str, grid: Grid) -> Grid:
-        """Raises ValueError unless `grid` fits into the dense grid."""
+    def check_sparse_grid(self, name: str, grid: Grid, dense: Grid | None = None) -> Grid:
+        """Raises ValueError unless `grid` fits into the dense grid: the config's, or `dense` of another image size."""
+        dense = dense or self.dense_grid
         frames, height, width = (1, *grid)[-3:]
-        if frames != 1 or height > self.dense_grid[0] or width > self.dense_grid[1]:
-            raise ValueError(f"{name} has the sparse grid {grid}, at most the dense grid {self.dense_grid} is allowed")
+        if frames != 1 or height > dense[0] or width > dense[1]:
+            raise ValueError(f"{name} has the sparse grid {grid}, at most the dense grid {dense} is allowed")
         return grid
 
     @property

@@ -394,3 +394,12 @@ def test_a_longer_process_than_the_schedules_is_refused():
     short_schedule = Sampler(model_of(schedule=DensitySchedule([(2, 2)], num_timesteps=500)))
     with pytest.raises(ValueError, match=r"timestep is 999, must lie in \[0, 500\]"):
         short_schedule.sample([1], 5)
+
+
+def test_grids_of_other_sizes_are_held_to_their_own_dense_grid():
+    session = Sampler(model_of()).session()
+    side, size = session._config.dense_grid[0], session._config.input_size
+    session.add(0, steps=2, size=(2 * size, size), grid=(2 * side, 1))
+    for grid in ((2 * side + 1, 1), (1, side + 1)):
+        with pytest.raises(ValueError, match="grid has the sparse grid"):
+            session.add(0, steps=2, size=(2 * size, size), grid=grid)

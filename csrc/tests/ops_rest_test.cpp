@@ -222,3 +222,22 @@ TEST_CASE(other_arguments) {
   const TimestepEmbedding shifted{.t = t, .out = Tensor(2, 4, DType::float32).view(), .shift = 2};
   CHECK(says(argument_error([&] { timestep_embedding(shifted, {}); }), "timestep_embedding", "shift is 2"));
 }
+
+// Packing changes where a weight's values lie, not what is computed, from a single row to more than a piece of rows.
+TEST_CASE(packed_weights) {
+  Random random(31);
+  for (const DType dtype : {DType::float32, DType::bfloat16})
+    for (const int64_t rows : {1, 3, 70, 1100}) {
+      Tensor x(random_values(rows, 96, random), dtype), weight(random_values(40, 96, random), dtype);
+      Tensor bias(random_values(1, 40, random), dtype), plain(rows, 40, dtype), packed(rows, 40, dtype);
+      const PackedWeightPointer pack = pack_weight(weight.view(), {});
+      Linear p{.x = x.view(), .weight = weight.view(), .bias = bias.view(), .y = plain.view()};
+      linear(p, {});
+      p.packed = pack.get(), p.y = packed.view();
+      if (pack) p.weight.data = nullptr;  // its values are not read
+      linear(p, {});
+      CHECK_NEAR(error(packed.values(), plain.values()), 0.0, dtype == DType::float32 ? 1e-6 : 8e-3);
+      CHECK(packed.guards_intact());
+    }
+  CHECK(!pack_weight(Tensor(2, 3, DType::float64).view(), {}));
+}

@@ -15,7 +15,7 @@ namespace flexdit {
 constexpr double kLayerNormEps = 1e-6;
 
 // A weight [N, K] in the order of oneDNN's choice, which saves a pass over it in every product. CPU only, float32 and
-// bfloat16; a product with it is the same to the bit.
+// bfloat16.
 class PackedWeight;
 struct PackedWeightDeleter {
   void operator()(const PackedWeight* weight) const;
