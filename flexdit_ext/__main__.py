@@ -1,4 +1,4 @@
-"""The command line: `flexdit info`, also as `python -m flexdit_ext info`."""
+"""The command line: `flexdit info` and `flexdit convert`, also as `python -m flexdit_ext info`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from . import _C, __version__
+from . import _C, __version__, cli_convert
 
 
 def information() -> list[tuple[str, str]]:
@@ -32,7 +32,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="flexdit", description="FlexDiT diffusion transformers")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="print versions, what was built and what was found")
-    parser.parse_args(arguments)
+    cli_convert.add_parser(commands)
+    parsed = parser.parse_args(arguments)
+    if parsed.command != "info":
+        return parsed.run(parsed)
     for name, value in information():
         print(f"{name:14} {value}")
     return 0

@@ -104,7 +104,7 @@ class Sampler:
         grids = check_grids(grid, total)
         for name, one in _named_grids(grids):
             self.config.check_sparse_grid(name, one)
-        batch_size = total if batch_size is None else check_count("batch_size", batch_size, 1, 2**31 - 1)
+        batch_size = total if batch_size is None else check_int("batch_size", batch_size, 1, 2**31 - 1)
         table = _table(self.config, sampler, steps, eta, clip_x0)
         interval = check_interval(guidance_interval)
 
@@ -189,7 +189,8 @@ class Session:
         config = self._config
         size = None if size is None else _check_size(size, config)
         if grid is not None:
-            grid = _check_sparse_grid(check_grid("grid", grid), size, config)
+            dense = None if size is None else tuple(side // config.patch_size for side in size)
+            grid = config.check_sparse_grid("grid", check_grid("grid", grid), dense)
         scales = check_cfg_scale(cfg_scale, 1, config)
         return self._add(
             check_int("label", label, 0, config.num_classes - (0 if config.class_dropout_prob > 0 else 1)),
@@ -276,17 +277,6 @@ def _check_size(size, config) -> tuple[int, int]:
             f"at most {_MAX_SIDE}"
         )
     return size
-
-
-def _check_sparse_grid(grid: Grid, size: tuple[int, int] | None, config) -> Grid:
-    """Within the dense grid of an image of that size."""
-    if size is None:
-        return config.check_sparse_grid("grid", grid)
-    dense = tuple(side // config.patch_size for side in size)
-    frames, height, width = (1, *grid)[-3:]
-    if frames != 1 or height > dense[0] or width > dense[1]:
-        raise ValueError(f"grid is {grid}, at most the dense grid {dense} of size {size} is allowed")
-    return grid
 
 
 def _named_grids(grids) -> list[tuple[str, Grid]]:

@@ -5,6 +5,7 @@ Trajectory tolerances: see TOLERANCE.
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 
@@ -19,6 +20,7 @@ from flexdit_ext.diffusion import (
     DDPMSampler,
     DPMSolverPPSampler,
     FlowEulerSampler,
+    FlowHeunSampler,
     GaussianDiffusion,
     ddpm_loss,
     flow_interpolate,
@@ -165,13 +167,56 @@ def test_flow_trajectory_matches_diffusers(steps, dtype):
     assert deviation(scheduler, sampler, ToyModel(learn_sigma=False), dtype) <= STOCK
 
 
+@pytest.mark.parametrize(("steps", "dtype"), [(1, torch.float32), (2, torch.float32), (10, torch.float64),
+                                              (1000, torch.float32)])  # fmt: skip
+def test_heun_trajectory_matches_diffusers(steps, dtype):
+    """diffusers' own times end at 1/1000 whatever the number of steps, so it is given Euler's: 1, 1 - 1/n, ..., 1/n."""
+    diffusers = pytest.importorskip("diffusers")
+    sampler = FlowHeunSampler(steps)
+    scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
+    scheduler.set_timesteps(steps)
+    if steps == 1000:
+        assert scheduler.timesteps.tolist() == pytest.approx(sampler.timesteps, rel=1e-6)
+    times = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
+    scheduler.timesteps = 1000 * torch.cat([times[:1], times[1:].repeat_interleave(2)])
+    sigmas = torch.cat([times, torch.zeros(1)])
+    scheduler.sigmas = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]])
+    assert deviation(scheduler, sampler, ToyModel(learn_sigma=False), dtype) <= STOCK
+
+
+def test_heun_is_the_textbooks():
+    model, x = ToyModel(learn_sigma=False).eval(), randn(*SHAPE)
+    expected, times = x, [k / 7 for k in range(7, -1, -1)]
+    for t, s in itertools.pairwise(times):
+        slope = call(model, expected, 1000 * t)
+        euler = expected + (s - t) * slope
+        expected = expected + (s - t) / 2 * (slope + call(model, euler, 1000 * s)) if s > 0 else euler
+    sampler = FlowHeunSampler(7)
+    assert sampler.timesteps == pytest.approx([1000, *[1000 * t for t in times[1:-1] for _ in range(2)]])
+    assert (run_ours(sampler, model, x, [None] * 13) - expected).abs().max() <= DOUBLE_TABLES
+
+
+@pytest.mark.parametrize(("kind", "order"), [(FlowEulerSampler, 1), (FlowHeunSampler, 2)])
+def test_order_of_flow_samplers(kind, order):
+    """dx/dt = x^2 from x(1) = 1 down to x(0) = 1/2: twice the steps, 2^order times less error."""
+
+    def error(steps):
+        sampler, x = kind(steps), torch.ones(1, 1, 1, 1, dtype=torch.float64)
+        for i in range(len(sampler.timesteps)):
+            x = sampler.step(x.square(), i, x)
+        return abs(x.item() - 0.5)
+
+    assert error(64) / error(128) == pytest.approx(2**order, rel=0.05)
+    assert error(128) < 0.01**order
+
+
 @pytest.mark.parametrize("sampler", [DDPMSampler(20), DDIMSampler(20), DDIMSampler(20, eta=1.0), DPMSolverPPSampler(20),
-                                     DPMSolverPPSampler(1000), FlowEulerSampler(20)])  # fmt: skip
+                                     DPMSolverPPSampler(1000), FlowEulerSampler(20), FlowHeunSampler(20)])  # fmt: skip
 def test_sampler_with_a_perfect_model_returns_its_x0(sampler):
     x0, x = randn(*SHAPE, seed=1), randn(*SHAPE, seed=2)
     diffusion = GaussianDiffusion()
     for i, t in enumerate(sampler.timesteps):
-        if isinstance(sampler, FlowEulerSampler):
+        if isinstance(sampler, (FlowEulerSampler, FlowHeunSampler)):
             output = (x - x0) / (t / 1000)
         else:
             output = (x - diffusion.signal_rate[t] * x0) / diffusion.noise_rate[t]

@@ -1,5 +1,6 @@
 """What only a GPU has: streams, graphs, memory that runs out, work that nobody waits for, several devices. Numbers are
-tested on the emulator and on a GPU alike, in test_ops.py, test_model.py and test_model_devices.py."""
+tested on the emulator and on a GPU alike, in test_ops.py, test_model.py and test_model_devices.py; mixed devices in
+test_devices.py."""
 
 import contextlib
 import gc
@@ -10,9 +11,9 @@ import torch
 from devices import MARKS, short
 from helpers import forward_backward, model_inputs, randn, random_model, relative_error, same_tensors, tensors_of
 from model_cases import SCHEDULE, T, compare_with_reference, device_inputs, device_model, results
-from op_cases import CASES, OPS, evaluate, make_tensors, odd_case
+from op_cases import OPS, evaluate, make_tensors, odd_case
 
-from flexdit_ext import DensitySchedule, FlexDiT, TokenLayout, ops
+from flexdit_ext import DensitySchedule, FlexDiT, ops
 from flexdit_ext.__main__ import information
 from flexdit_ext._core import CUDA_ARCHITECTURES
 
@@ -369,37 +370,6 @@ def test_checkpoint_to_and_from_the_gpu(tmp_path):
 
 
 # ---- devices --------------------------------------------------------------------------------------------------------
-
-
-def test_mixed_devices():
-    model = device_model(GPU)
-    x, t, y = device_inputs(model.config, GPU)
-    for name, arguments in {"x": (x.cpu(), t, y), "y": (x, t, y.cpu())}.items():
-        with pytest.raises(ValueError, match=rf"{name} is on cpu, the model on cuda:0: they must agree"):
-            model(*arguments)
-    for part in ("sdtm.0.recovery.0.from_sparse", "final_layer.linear", "timestep_embed.fc2", "patch_embed"):
-        part_elsewhere = device_model(GPU)
-        part_elsewhere.get_submodule(part).cpu()
-        with pytest.raises(ValueError, match=r"is on (cpu|cuda:0), the (tokens|model) on"):
-            part_elsewhere(x, t, y)
-    for key, op in OPS.items():
-        case = CASES["one sample, head size 24"]
-        tensors, cpu_layouts = make_tensors(op, case, torch.float32, device=GPU), case.layouts()
-        function, rest = getattr(ops, op.name), op.rest(*case.layouts(GPU), case.heads)
-        with pytest.raises(ValueError, match=r"layout(_q)?\.table is on cpu, . on cuda:0: they must agree"):
-            function(*tensors, *op.rest(*cpu_layouts, case.heads))
-        for i in range(1, len(tensors)):
-            mixed = [x.cpu() if i == j else x for j, x in enumerate(tensors)]
-            with pytest.raises(ValueError, match=rf"{op.name}: \w+ is on cpu, \w+ on cuda:0: they must agree"):
-                function(*mixed, *rest)
-        assert function(*tensors, *rest).is_cuda, key
-
-
-def test_layout_moves():
-    layout = TokenLayout([(2, 3), (1, 2)])
-    assert layout.to("cuda").table.is_cuda and layout.to("cuda").grids == layout.grids
-    assert TokenLayout.uniform(2, (2, 3), "cuda").table.device == GPU
-    assert TokenLayout([(2, 3)], "cuda").total == 6
 
 
 @several_gpus

@@ -15,7 +15,7 @@ from flexdit_ext.diffusion import (
     DPMSolverPPSampler,
     make_sampler,
 )
-from flexdit_ext.sampling import derive_seed, sample
+from flexdit_ext.sampling import derive_seed, normal_noise, sample
 
 SHAPE = (3, 4, 6, 6)
 
@@ -65,8 +65,85 @@ def test_an_image_does_not_depend_on_its_batch(run, cfg_scale):
 def test_derived_seeds():
     seeds = {derive_seed(seed, index) for seed in (0, 1, 2**64 - 1) for index in range(2000)}
     assert len(seeds) >= 5998  # distinct within a run; between runs a chance collision is possible, though unlikely
-    assert 0 <= min(seeds) <= max(seeds) < 2**32
+    assert min(seeds) >= 0 and 2**63 < max(seeds) < 2**64
     assert len({derive_seed(5, index) for index in range(100_000)}) == 100_000
+
+
+GOLDEN_SEEDS = (0x48218226FF3CD4BF, 0x46C23F25C710D2F)
+GOLDEN_NOISE = [-0.1081065312, 0.5782386661, 0.3127120733, -1.5685698986]
+
+
+# ---- noise ----------------------------------------------------------------------------------------------------------
+
+
+def philox(counter, key):
+    """Philox4x32-10 from the paper (SC 2011), section 3.3: plain integers, nothing shared with csrc/ops/philox.h."""
+    for _ in range(10):
+        high, low = zip(*(divmod(m * c, 2**32) for m, c in ((0xD2511F53, counter[0]), (0xCD9E8D57, counter[2]))))
+        counter = (high[1] ^ counter[1] ^ key[0], low[1], high[0] ^ counter[3] ^ key[1], low[0])
+        key = ((key[0] + 0x9E3779B9) % 2**32, (key[1] + 0xBB67AE85) % 2**32)
+    return counter
+
+
+def expected_noise(seed, draw, count):
+    values = []
+    for block in range((count + 3) // 4):
+        words = philox((block, 0, draw, 0), (seed % 2**32, seed >> 32))
+        for radius, angle in (words[:2], words[2:]):
+            radius = math.sqrt(-2 * math.log((radius + 1) / 2**32))
+            values += [radius * math.cos(2 * math.pi * angle / 2**32), radius * math.sin(2 * math.pi * angle / 2**32)]
+    return values[:count]
+
+
+def test_noise_is_philox_and_box_muller():
+    # Known answers of Random123's kat_vectors.
+    assert philox((0,) * 4, (0,) * 2) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
+    assert philox((2**32 - 1,) * 4, (2**32 - 1,) * 2) == (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)
+    for seed, draw, count in ((0, 0, 600), (2**64 - 1, 2**32 - 1, 7), (0x123456789ABCDEF, 5, 1)):
+        actual = normal_noise([seed], draw, (count,), torch.float64)[0]
+        assert actual.tolist() == pytest.approx(expected_noise(seed, draw, count), rel=1e-12, abs=1e-14)
+        assert torch.equal(normal_noise([seed], draw, (count,))[0], actual.float())
+
+
+def test_noise_stays_what_it_was():
+    """A seed's image must be the same in the next version."""
+    assert derive_seed(0, 0) == GOLDEN_SEEDS[0] and derive_seed(7, 1000) == GOLDEN_SEEDS[1]
+    assert normal_noise([GOLDEN_SEEDS[0]], 0, (2, 2)).flatten().tolist() == pytest.approx(GOLDEN_NOISE, abs=1e-6)
+
+
+def test_noise_is_normal():
+    noise = normal_noise(range(64), 3, (4096,), torch.float64).flatten()
+    n = noise.numel()
+    for moment, (expected, variance) in enumerate([(0, 1), (1, 2), (0, 15), (3, 96), (0, 945)], start=1):
+        assert abs((noise**moment).mean() - expected) < 4.5 * math.sqrt(variance / n), moment
+    uniform = torch.special.ndtr(noise.sort().values)
+    steps = torch.arange(n, dtype=torch.float64)
+    assert torch.maximum(uniform - steps / n, (steps + 1) / n - uniform).max() < 1.95 / math.sqrt(n)  # Kolmogorov
+    assert noise.abs().max() > 4
+
+
+def test_streams_draws_and_neighbours_are_independent():
+    limit = 5 / math.sqrt(4096)
+    rows = torch.cat([normal_noise([derive_seed(s, i) for s in (0, 1) for i in range(8)], draw, (4096,), torch.float64)
+                      for draw in (0, 1, 2)])  # fmt: skip
+    for powers in (rows, rows.square() - 1):
+        correlation = torch.corrcoef(powers) - torch.eye(len(rows))
+        assert correlation.abs().max() < limit
+        for lag in (1, 2, 3, 4, 36, 1024):
+            assert (powers[:, lag:] * powers[:, :-lag]).mean().abs() < 2 * 5 / math.sqrt(powers[:, lag:].numel())
+
+
+def test_noise_does_not_depend_on_its_batch_or_shape():
+    seeds = [5, 2**63, 5]
+    together = normal_noise(seeds, 1, (4, 9, 9))
+    assert torch.equal(together[0], together[2]) and not torch.equal(together[0], together[1])
+    for seed, row in zip(seeds, together):
+        assert torch.equal(normal_noise([seed], 1, (4, 9, 9))[0], row)
+        assert torch.equal(normal_noise([seed], 1, (300,))[0], row.flatten()[:300])
+    assert normal_noise([], 0, (3,)).shape == (0, 3)
+
+
+# ---- guidance -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("in_channels", "learn_sigma", "guidance_channels", "guided"), [
@@ -74,7 +151,7 @@ def test_derived_seeds():
 ])  # fmt: skip
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_guidance_formula(sampler, in_channels, learn_sigma, guidance_channels, guided):
-    model, y = ToyModel(in_channels, learn_sigma).eval(), torch.tensor([3, 1])
+    model, y = ToyModel(in_channels, learn_sigma, dtype=torch.float64).eval(), torch.tensor([3, 1])
     scales = [4.0, 0.5]
     options = {"steps": 5, "sampler": sampler, "seed": 3, "cfg_scale": scales, "guidance_channels": guidance_channels}
     images = sample(model, y, **options)
@@ -82,19 +159,18 @@ def test_guidance_formula(sampler, in_channels, learn_sigma, guidance_channels, 
     assert torch.equal(*model.calls[0].x.chunk(2))
 
     walker = make_sampler(sampler, 5)
-    generators = [torch.Generator().manual_seed(derive_seed(3, i)) for i in range(2)]
 
-    def draw():
-        return torch.stack([torch.randn(in_channels, 6, 6, generator=g) for g in generators])
+    def draw(number):
+        return normal_noise([derive_seed(3, 0), derive_seed(3, 1)], number, (in_channels, 6, 6), torch.float64)
 
-    x, scale = draw(), torch.tensor(scales).view(2, 1, 1, 1)
+    x, scale = draw(0), torch.tensor(scales).view(2, 1, 1, 1)
     with torch.no_grad():
         for i, t in enumerate(walker.timesteps):
             t = torch.full((2,), t)
             output, uncond = model(x, t, y), model(x, t, torch.full((2,), 10))[:, :guided]
             output[:, :guided] = uncond + scale * (output[:, :guided] - uncond)
-            x = walker.step(output, i, x, draw() if walker.needs_noise(i) else None)
-    assert (images - x).abs().max() < 1e-5
+            x = walker.step(output, i, x, draw(i + 1) if walker.needs_noise(i) else None)
+    assert (images - x).abs().max() < 1e-11
 
 
 def test_sample_of_the_null_class_is_guidance_zero():
@@ -148,8 +224,9 @@ def test_sample_progress(capsys):
     assert "8/8" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("change", "error", "message"), [
-    ({"sampler": "euler"}, ValueError, "sampler = 'euler': must be one of 'ddim', 'ddpm', 'dpmpp', 'flow'"),
+# For three labels and a model of four channels.
+SAMPLE_ERRORS = [
+    ({"sampler": "euler"}, ValueError, "sampler = 'euler': must be one of 'ddim', 'ddpm', 'dpmpp', 'flow', 'heun'"),
     ({"sampler": None}, ValueError, "sampler"),
     ({"steps": 0}, ValueError, "steps = 0: must be in 1..1000"),
     ({"steps": 1001}, ValueError, "steps = 1001"),
@@ -193,7 +270,10 @@ def test_sample_progress(capsys):
     ({"grid": 3}, TypeError, "grid"),
     ({"grid": [(1, 1), (2, 2)]}, ValueError, "grid"),
     ({"grid": [(1, 1), (2, 2), None]}, TypeError, "grid"),
-])  # fmt: skip
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "error", "message"), SAMPLE_ERRORS)
 def test_sample_rejects_bad_input_by_name(change, error, message):
     model = ToyModel()
     with pytest.raises(error, match="^" + message):
