@@ -500,7 +500,7 @@ void block_backward(const BlockBackward& p, const Execution& exec) {
   if (p.grad_parameters.size() != p.parameters.size())
     throw ArgumentError("block: grad_parameters must hold as many tensors as parameters");
   const Roles w(p.shape.kind, p.parameters), grad(p.shape.kind, p.grad_parameters);
-  Arena context_arena(p.context), arena(p.workspace);
+  Arena context_arena(p.context, false), arena(p.workspace);
   const Context k = plan_context(p.shape, context_arena);
   const BackwardWorkspace ws = plan_backward(p.shape, arena);
 

@@ -264,6 +264,7 @@ void Engine::run(const Plan& plan, const Execution& exec) {
   const Config& c = prepared_.config;
   const ModelForward p = forward_of(plan);
   const auto* numbers = block_.as<const StepNumbers>();
+  for (const Buffer* buffer : {&modulation_, &input_, &output_}) buffer->discard();
   gather_rows({.rows = reinterpret_cast<const void* const*>(numbers + plan.samples), .out = p.prepared.modulation},
               exec);
   model_input({.samples = plan.sample_of_pass,

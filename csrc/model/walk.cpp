@@ -9,7 +9,7 @@ Walk::Walk(const ModelForward& p, bool keeps_context, const Execution* exec)
       c_(p.config),
       exec_(exec),
       keeps_(keeps_context),
-      kept_(p.context),
+      kept_(p.context, exec != nullptr),
       scratch_(p.workspace),
       kinds_(model_blocks(p.config)),
       layout_(p.layout) {

@@ -6,6 +6,7 @@
 
 #include "flexdit/ops.h"
 #include "ops/device.h"
+#include "ops/trace.h"
 
 namespace flexdit {
 
@@ -27,23 +28,28 @@ class Checker {
   // with these rows, says how many there can be.
   int64_t rows(const TokenLayout& layout, const Matrix& first) const { return on_cpu_ ? layout.total() : first.rows; }
 
-  void matrix(const char* field, const Matrix& m, int64_t rows, int64_t cols) { view(field, m, rows, cols, false); }
+  void matrix(const char* field, const Matrix& m, int64_t rows, int64_t cols, Access access = Access::read) {
+    view(field, m, rows, cols, false, access);
+  }
   // At least `rows` rows: buffers of packed tokens may have spare ones at the end.
-  void tokens(const char* field, const Matrix& m, int64_t rows, int64_t cols) { view(field, m, rows, cols, true); }
-  void optional(const char* field, const Matrix& m, int64_t rows, int64_t cols) {
-    if (m) matrix(field, m, rows, cols);
+  void tokens(const char* field, const Matrix& m, int64_t rows, int64_t cols, Access access = Access::read) {
+    view(field, m, rows, cols, true, access);
+  }
+  void optional(const char* field, const Matrix& m, int64_t rows, int64_t cols, Access access = Access::read) {
+    if (m) matrix(field, m, rows, cols, access);
   }
   void holds(bool condition, const std::string& message) const {
     if (!condition) throw ArgumentError(std::string(op_) + ": " + message);
   }
-  void accumulation(const char* field, const Matrix& m, int64_t rows, int64_t cols) {
+  void accumulation(const char* field, const Matrix& m, int64_t rows, int64_t cols, Access access) {
     holds(m.dtype == accumulation_type(dtype_),
           std::string(field) + " is " + name_of(m.dtype) + ", must be " + name_of(accumulation_type(dtype_)));
     holds(m.rows >= rows && m.cols == cols,
           std::string(field) + " is " + shape_text(m.rows, m.cols) + ", must be " + shape_text(rows, cols));
+    saw(field, m, rows, access);
   }
-  void layout(const char* field, const TokenLayout& layout, int64_t batch) const {
-    holds(layout.table != nullptr, std::string(field) + " is missing");
+  void layout(const char* field, const TokenLayout& layout, int64_t batch) {
+    array(field, layout.table, layout.batch + 1);
     holds(layout.batch == batch,
           std::string(field) + " has " + std::to_string(layout.batch) + " samples, must have " + std::to_string(batch));
   }
@@ -61,9 +67,40 @@ class Checker {
   void nonzero(const char* field, const void* pointer) const {
     holds(pointer != nullptr, std::string(field) + " is missing");
   }
+  void bytes(const char* field, const void* data, int64_t count, Access access) {
+    holds(data || count == 0, std::string(field) + " is missing");
+    saw(field, data, 1, count, count, access);
+  }
+  template <class T>
+  void array(const char* field, const T* data, int64_t count, Access access = Access::read) {
+    bytes(field, data, count * int64_t{sizeof(T)}, access);
+  }
+  // Packed images with `values` values for every token of a layout.
+  void images(const char* field, const void* data, const TokenLayout& layout, int64_t values, DType dtype,
+              Access access) {
+    nonzero(field, data);
+    const int64_t row = values * size_of(dtype);
+    if (trace::recorder) saw(field, data, layout.total(), row, row, access);  // on the emulator any table can be read
+  }
+  // Addresses on the device, of rows that are read.
+  void indirect(const char* field, const void* const* rows, int64_t count, int64_t row_bytes) {
+    nonzero(field, rows);
+    saw(field, rows, count, row_bytes, 0, Access::indirect);
+  }
+  // Tells the recorder; right before the launch.
+  void launches() const {
+    if (trace::recorder) trace::recorder->operation(op_, views_);
+  }
 
  private:
-  void view(const char* field, const Matrix& m, int64_t rows, int64_t cols, bool spare) {
+  void saw(const char* field, const void* data, int64_t rows, int64_t row_bytes, int64_t stride_bytes, Access access) {
+    if (trace::recorder && access != Access::none)
+      views_.push_back({field, data, rows, row_bytes, stride_bytes, access});
+  }
+  void saw(const char* field, const Matrix& m, int64_t rows, Access access) {
+    saw(field, m.data, rows, m.cols * size_of(m.dtype), m.stride * size_of(m.dtype), access);
+  }
+  void view(const char* field, const Matrix& m, int64_t rows, int64_t cols, bool spare, Access access) {
     holds(m.data || rows == 0 || cols == 0, std::string(field) + " is missing");
     holds((spare ? m.rows >= rows : m.rows == rows) && m.cols == cols,
           std::string(field) + " is " + shape_text(m.rows, m.cols) + ", must be " + (spare ? "at least " : "") +
@@ -75,12 +112,14 @@ class Checker {
     typed_ = true;
     dtype_ = m.dtype;
     storage(field, dtype_);
+    saw(field, m, rows, access);
   }
 
   const char* op_;
   bool on_cpu_;
   bool typed_ = false;
   DType dtype_ = DType::float32;
+  std::vector<trace::View> views_;
 };
 
 }  // namespace flexdit
