@@ -6,6 +6,8 @@
 // meant it to be is only accounted. So a run computes the right thing whatever the plan, and the checker judges the plan.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -49,8 +51,16 @@ struct Run {
 // Records while it lives, for the calling thread. What was made meanwhile must not outlive it.
 class ArenaRecorder : public trace::Recorder {
  public:
-  ArenaRecorder() { trace::recorder = this; }
-  ~ArenaRecorder() override { trace::recorder = nullptr; }
+  ArenaRecorder() {
+    void* pool = mmap(nullptr, kPool, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (pool == MAP_FAILED) throw std::bad_alloc();
+    pool_ = static_cast<char*>(pool);
+    trace::recorder = this;
+  }
+  ~ArenaRecorder() override {
+    trace::recorder = nullptr;
+    munmap(pool_, kPool);
+  }
   ArenaRecorder(const ArenaRecorder&) = delete;
 
   Run run;
@@ -82,15 +92,14 @@ class ArenaRecorder : public trace::Recorder {
     return true;
   }
 
- protected:
-  // Memory for a piece.
-  virtual void* own(int64_t bytes) {
-    const auto size = static_cast<size_t>((bytes + 127) / 128 * 128);
-    memory_.emplace_back(std::aligned_alloc(128, size), std::free);
-    return std::memset(memory_.back().get(), 0xff, size);
-  }
-
  private:
+  // Where the heap never comes: what lay elsewhere before cannot be taken for a piece.
+  void* own(int64_t bytes) {
+    void* here = pool_ + used_;
+    used_ += static_cast<size_t>((bytes + 127) / 128 * 128);
+    if (used_ > kPool) throw std::bad_alloc();
+    return std::memset(here, 0xff, static_cast<size_t>(bytes));
+  }
   static trace::View whole(const char* field, void* data, int64_t bytes) {
     return {field, data, 1, bytes, bytes, Access::scratch};
   }
@@ -123,6 +132,9 @@ class ArenaRecorder : public trace::Recorder {
     throw std::runtime_error("no field " + field);
   }
 
+  static constexpr size_t kPool = size_t{1} << 30;  // taken as it is used
+  char* pool_ = nullptr;
+  size_t used_ = 0;
   std::map<void*, void*> latest_;  // the last piece that was planned there
   std::map<void*, int64_t> sizes_;
   std::vector<std::unique_ptr<void, void (*)(void*)>> memory_;

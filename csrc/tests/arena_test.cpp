@@ -98,6 +98,32 @@ class ModelCase {
   ModelBackward p_;
 };
 
+// Leaves pieces where arenas plan them, but one, which it puts over another: what really happens then.
+class FaultyPlan : public trace::Recorder {
+ public:
+  FaultyPlan(size_t piece, size_t onto) : piece_(piece), onto_(onto) { trace::recorder = this; }
+  ~FaultyPlan() override { trace::recorder = nullptr; }
+
+  void operation(const char*, const std::vector<trace::View>&) override {}
+  void* piece(void* planned, int64_t bytes, bool fresh) override {
+    if (bytes == 0) return planned;
+    if (fresh) {
+      moved_.erase(planned);
+      if (places_.size() == piece_) moved_[planned] = places_.at(onto_);
+      places_.push_back(planned);
+    }
+    const auto found = moved_.find(planned);
+    return found == moved_.end() ? planned : found->second;
+  }
+  void allocated(void*, int64_t) override {}
+  bool keeps(void*) override { return false; }
+
+ private:
+  size_t piece_, onto_;
+  std::vector<void*> places_;
+  std::map<void*, void*> moved_;
+};
+
 }  // namespace
 
 TEST_CASE(model_is_clean) {
@@ -111,4 +137,97 @@ TEST_CASE(model_is_clean) {
       CHECK(recorder.run.events.size() > 100);
       check_clean(recorder.run, name);
     }
+}
+
+// Whatever piece lies over whichever: where that changes a result it is reported, and where a piece is reported to be
+// written over the result is another.
+TEST_CASE(pieces_that_overlap) {
+  for (const bool trains : {false, true}) {
+    Run clean;
+    {
+      ArenaRecorder recorder;
+      ModelCase(DType::float64, kCpu).run(trains);
+      clean = recorder.run;
+    }
+    const auto wanted = ModelCase(DType::float64, kCpu).run(trains);
+    std::vector<uintptr_t> pieces;  // in the order that they are carved
+    for (const Event& e : clean.events)
+      if (e.name == kCarve) pieces.push_back(reinterpret_cast<uintptr_t>(e.views[0].data));
+    const auto size = [&](size_t i) { return clean.pieces.at(pieces[i]).end - pieces[i]; };
+    int wrong = 0, harmless = 0, lucky = 0;
+    Random random(1);
+    for (size_t i = 1; i < pieces.size(); ++i)
+      for (int attempt = 0; attempt < 2; ++attempt) {
+        const size_t onto = i - 1 - size_t(random.below(int64_t(std::min<size_t>(i, 12))));
+        if (size(i) > size(onto)) continue;
+        Run planted = clean;
+        planted.pieces[pieces[i]].planned = clean.planned(pieces[onto]);
+        const auto mistakes = mistakes_of(planted);
+        const FaultyPlan plan(i, onto);
+        const auto got = ModelCase(DType::float64, kCpu).run(trains);
+        bool differs = false;
+        for (size_t k = 0; k < got.size(); ++k) differs |= !identical(got[k], wanted[k]);
+        ++(differs ? wrong : mistakes.empty() ? harmless : lucky);
+        CHECK_NOTE(!differs || !mistakes.empty(), "piece ", i, " over ", onto, " is not reported");
+        for (const std::string& m : mistakes)
+          CHECK_NOTE(differs || !m.ends_with(" lies over it"), "piece ", i, " over ", onto, ": ", m);
+      }
+    std::printf("  %s: %d wrong, %d harmless, %d lucky\n", trains ? "training" : "inference", wrong, harmless, lucky);
+    CHECK(wrong > 30 && harmless > 50);
+  }
+}
+
+namespace {
+
+// Requests of every kind, joining and leaving: DDIM and Heun's, guided or not, sizes and grids of their own, memory that
+// grows and position tables that move.
+Run session_run(const TestModel& model, DType dtype, const Execution& exec) {
+  ArenaRecorder recorder;
+  {
+    const auto prepared = model.prepare(dtype, exec);
+    Session session(prepared, {.max_batch = 3, .modulation_bytes = 1});
+    const auto add = [&](SamplerKind kind, int64_t steps, double guidance, int64_t height, int64_t width) {
+      SampleRequest r{.label = 1, .seed = 4, .steps = sampler_steps(kind, steps), .guidance = guidance};
+      r.height = height, r.width = width;
+      if (width == 12) r.sparse_grid = Grid{1, 1, 2};
+      return session.add(r);
+    };
+    add(SamplerKind::flow_heun, 4, 1, 0, 0);
+    for (int i = 0; i < 3; ++i) session.step();
+    add(SamplerKind::ddim, 3, 2, 0, 0);
+    session.step();
+    const int64_t doomed = add(SamplerKind::dpmpp, 9, 3, 4, 12);
+    for (int i = 0; i < 4; ++i) session.step();
+    session.cancel(doomed);
+    add(SamplerKind::ddpm, 5, 1.5, 10, 6);
+    run_all(session);
+    CHECK(session.take_all().size() == 3);
+  }
+  return recorder.run;
+}
+
+Config session_config() {
+  Config c = tiny_config();
+  c.hidden = 16, c.mlp_hidden = 32, c.reinject_position = true, c.generation_blocks = c.recovery_blocks = 2;
+  return c;
+}
+
+// Where a step's first operation is, for every step.
+std::vector<size_t> steps_of(const Run& run) {
+  std::vector<size_t> out;
+  for (size_t i = 0; i < run.events.size(); ++i)
+    if (run.events[i].name == "gather_rows") out.push_back(i);
+  return out;
+}
+
+}  // namespace
+
+TEST_CASE(sessions_are_clean) {
+  const TestModel model(session_config(), tiny_schedule());
+  for (const auto& [dtype, exec] : {std::pair(DType::float64, kCpu), std::pair(DType::float32, kCpu),
+                                    std::pair(DType::float32, kCuda), std::pair(DType::bfloat16, kCuda)}) {
+    const Run run = session_run(model, dtype, exec);
+    CHECK(steps_of(run).size() > 10);
+    check_clean(run, check::text(name_of(dtype), exec.device == Device::cpu ? " CPU" : " CUDA"));
+  }
 }
