@@ -27,4 +27,8 @@ class Arena {
   int64_t used_ = 0;
 };
 
+// What a contiguous matrix holds is not to be read any more, since something else comes there: only the arena checker
+// listens.
+inline void discard(const Matrix& m) { trace::discard(m.data, m.rows * m.cols * size_of(m.dtype)); }
+
 }  // namespace flexdit

@@ -460,6 +460,7 @@ void block_forward(const BlockForward& p, const Execution& exec) {
     apply(w.modulation, ws.silu, k.modulation, exec);
   }
   forward_attention(p, w, k, ws, exec);
+  discard(ws.n), discard(k.h);
   gated_residual({.x = base_of(p, k),
                   .y = k.y1,
                   .gate = part(k.modulation, kGate1),
@@ -471,6 +472,7 @@ void block_forward(const BlockForward& p, const Execution& exec) {
                   .y_per_sample = p.shape.kind == BlockKind::pooling,
                   .eps = p.mlp_norm_eps},
                  exec);
+  discard(k.y2);
   if (keeps_context) {
     linear({.x = ws.n,
             .weight = w.fc1.weight,
@@ -484,6 +486,7 @@ void block_forward(const BlockForward& p, const Execution& exec) {
     apply(w.fc1, ws.n, k.h, exec, Activation::gelu_tanh);
     apply(w.fc2, k.h, k.y2, exec);
   }
+  discard(p.prepared.next.normed);
   gated_residual({.x = k.x1,
                   .y = k.y2,
                   .gate = part(k.modulation, kGate2),

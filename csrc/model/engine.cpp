@@ -167,7 +167,9 @@ void Engine::place(const std::vector<Occupant>& occupants) {
   }
   if (moves)
     for (Buffer* buffer : {&x_, &x0_}) {
+      spare_.discard();
       copy_bytes(spare_.data(), buffer->data(), old_values * size, exec_);  // reserve_model has made room
+      buffer->discard();
       offset = 0;
       for (const Occupant& o : occupants) {
         if (const auto found = before.find(o.id); found != before.end())
@@ -178,8 +180,10 @@ void Engine::place(const std::vector<Occupant>& occupants) {
     }
   for (const auto& [at, o] : fresh) {
     // The block is free between steps, and the stream keeps the order.
+    block_.discard();
     uploader_.upload(block_.data(), &o->seed, sizeof o->seed, exec_);
     const int64_t values = values_of(o->dense);
+    x_.discard(at * size, values * size), x0_.discard(at * size, values * size);
     normal_noise({.seeds = block_.as<const uint64_t>(),
                   .draw = 0,
                   .out = {x_.as<char>() + at * size, 1, values, values, state_}},
@@ -312,6 +316,7 @@ void Engine::step(std::span<const StepOrder> orders) {
   for (const StepOrder& order : orders)
     if (order.null_modulation) block.rows.push_back(order.null_modulation);
   Plan& plan = plan_for(std::move(key));
+  block_.discard();
   uploader_.upload(block_.data(), block.numbers.data(), block.numbers_bytes(), exec_);
   uploader_.upload(block_.as<char>() + block.numbers_bytes(), block.rows.data(), block.rows_bytes(), exec_);
   plan.work.run(exec_, [&](const Execution& exec) { run(plan, exec); });

@@ -332,6 +332,7 @@ class Session::Implementation {
     const int64_t rows = out.rows, workspace = model_modulation_workspace_bytes(prepared_.config, rows, out.dtype);
     modulation_workspace_.reserve(workspace + rows * 16, exec);  // and t and labels
     char* inputs = modulation_workspace_.as<char>() + workspace;
+    modulation_workspace_.discard();
     uploader_.upload(inputs, t.data(), rows * 8, exec);
     uploader_.upload(inputs + rows * 8, labels.data(), rows * 8, exec);
     model_modulation({.config = prepared_.config,

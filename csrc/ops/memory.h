@@ -51,11 +51,9 @@ class Buffer {
     *this = Buffer(bytes, exec);
     return true;
   }
-  // What it holds is not to be read any more. Only the arena checker listens.
-  void discard() const {
-    if (trace::recorder && data_)
-      trace::recorder->operation("discard", {{"buffer", data_, 1, bytes_, bytes_, Access::scratch}});
-  }
+  // What lies there is not to be read any more: only the arena checker listens.
+  void discard() const { trace::discard(data_, bytes_); }
+  void discard(int64_t begin, int64_t count) const { trace::discard(as<char>() + begin, count); }
 
  private:
   static void* host(int64_t bytes) {

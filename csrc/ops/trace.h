@@ -46,6 +46,10 @@ inline thread_local Recorder* recorder = nullptr;
 constexpr Recorder* recorder = nullptr;
 #endif
 
+// What lies there is not to be read any more.
+inline void discard(const void* data, int64_t bytes) {
+  if (recorder && data && bytes > 0) recorder->operation("discard", {{"memory", data, 1, bytes, bytes, Access::scratch}});
+}
 inline void copy(const void* to, const void* from, int64_t bytes) {
   if (!recorder) return;
   recorder->operation("copy",

@@ -9,10 +9,12 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <compare>
 #include <cstdlib>
 #include <cstring>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -26,7 +28,12 @@ struct Event {
   std::string name;
   std::vector<trace::View> views;
 };
-inline constexpr const char *kCarve = "carve", *kAllocate = "allocate", *kRelease = "release";
+inline constexpr const char *kCarve = "carve", *kAllocate = "allocate", *kRelease = "release", *kDiscard = "discard",
+                             *kCopyBytes = "copy";
+
+inline bool is_operation(const Event& e) {
+  return e.name != kCarve && e.name != kAllocate && e.name != kRelease && e.name != kDiscard && e.name != kCopyBytes;
+}
 
 struct Piece {
   uintptr_t end, planned;
@@ -201,7 +208,7 @@ class ArenaChecker {
     for (now_ = 0; now_ < run.events.size(); ++now_) {
       const auto& views = run.events[now_].views;
       check_overlaps(views);
-      if (run.events[now_].name == "copy" && copies_within(views)) continue;
+      if (run.events[now_].name == kCopyBytes && copies_within(views)) continue;
       for (const auto& v : views)
         if (v.access == Access::read || v.access == Access::update) check_read(v);
       for (const auto& v : views)
@@ -210,6 +217,22 @@ class ArenaChecker {
   }
 
   std::vector<std::string> mistakes;
+  struct Read {
+    size_t reader;
+    std::string field;
+    size_t writer;
+    auto operator<=>(const Read&) const = default;
+  };
+  std::set<Read> reads;  // which event reads what which other one has left
+
+  // The same with the places that operations have among operations alone.
+  std::set<Read> reads_by_place() const {
+    std::vector<size_t> places;
+    for (const Event& e : run_.events) places.push_back((places.empty() ? 0 : places.back()) + is_operation(e));
+    std::set<Read> out;
+    for (const Read& r : reads) out.insert({places[r.reader], r.field, places[r.writer]});
+    return out;
+  }
 
  private:
   using View = trace::View;
@@ -236,6 +259,9 @@ class ArenaChecker {
   void check_read(const View& v, bool may_be_empty = false) {
     const uintptr_t piece = piece_of(v);
     each_range(v, [&](uintptr_t begin, uintptr_t end) {
+      shadow_.each(begin, end, [&](uintptr_t, uintptr_t, const Shadow::Mark& m) {
+        return reads.insert({now_, v.field, m.event}), true;
+      });
       const auto* found = shadow_.find(begin, end, [&](const Shadow::Mark& m) {
         return m.state == Shadow::State::empty ? !may_be_empty : m.state == Shadow::State::gone || m.piece != piece;
       });
@@ -274,6 +300,8 @@ class ArenaChecker {
                        : v.access == Access::scratch ? Shadow::State::empty
                                                      : Shadow::State::full;
     const Shadow::Mark mark{state, now_, v.field, piece_of(v)};
+    if (event == kAllocate) buffers_[begin_of(v)] = begin_of(v) + static_cast<uintptr_t>(v.row_bytes);
+    if (event == kCarve) check_room(v);
     each_range(v, [&](uintptr_t begin, uintptr_t end) {
       const auto* gone = shadow_.find(begin, end, [&](const auto& m) { return m.state == Shadow::State::gone; });
       if (gone && event != kAllocate) {
@@ -283,6 +311,14 @@ class ArenaChecker {
       shadow_.set(begin, end, mark, !makes && mark.piece == 0);
       return true;
     });
+  }
+
+  // That an arena does not go beyond its buffer.
+  void check_room(const View& v) {
+    const uintptr_t begin = begin_of(v), end = begin + static_cast<uintptr_t>(v.row_bytes);
+    const auto after = buffers_.upper_bound(begin);
+    if (after == buffers_.begin() || std::prev(after)->second <= begin || std::prev(after)->second >= end) return;
+    report(name(now_, v.field) + " ends " + std::to_string(end - std::prev(after)->second) + " bytes behind its buffer");
   }
 
   // Fields of ops.h that may be the same memory.
@@ -328,6 +364,7 @@ class ArenaChecker {
 
   const Run& run_;
   Shadow shadow_;
+  std::map<uintptr_t, uintptr_t> buffers_;
   size_t now_ = 0;
 };
 

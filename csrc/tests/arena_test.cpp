@@ -2,8 +2,6 @@
 // graphs included: they are clean, and mistakes that are planted in them are found.
 #include "arena_checker.h"
 
-#include <set>
-
 #include "company.h"
 #include "flexdit/model.h"
 #include "ops/memory.h"
@@ -124,6 +122,19 @@ class FaultyPlan : public trace::Recorder {
   std::map<void*, void*> moved_;
 };
 
+// As if the plan had `piece` share memory with another one on purpose.
+Run sharing(Run run, uintptr_t piece, uintptr_t with) {
+  std::erase_if(run.events, [&](const Event& e) {
+    return e.name == kCarve && reinterpret_cast<uintptr_t>(e.views[0].data) == piece;
+  });
+  const uintptr_t end = run.pieces.at(piece).end;
+  for (Event& e : run.events)
+    for (trace::View& v : e.views)
+      if (const auto at = reinterpret_cast<uintptr_t>(v.data); at >= piece && at < end)
+        v.data = reinterpret_cast<const void*>(at - piece + with);
+  return run;
+}
+
 }  // namespace
 
 TEST_CASE(model_is_clean) {
@@ -137,6 +148,23 @@ TEST_CASE(model_is_clean) {
       CHECK(recorder.run.events.size() > 100);
       check_clean(recorder.run, name);
     }
+}
+
+// Without a context blocks share memory on purpose; with one they do not. Both read what the same operations have written.
+TEST_CASE(inference_reads_what_training_reads) {
+  const auto reads_of = [](bool trains) {
+    ArenaRecorder recorder;
+    ModelCase(DType::float64, kCpu).run(trains);
+    return ArenaChecker(recorder.run).reads_by_place();
+  };
+  const auto inference = reads_of(false), training = reads_of(true);
+  const size_t end = inference.rbegin()->reader;  // of forward
+  CHECK(end > 100);
+  for (const auto* list : {&inference, &training})
+    for (const auto& read : *list)
+      if (read.reader < end)
+        CHECK_NOTE((list == &inference ? training : inference).contains(read), read.field, " of operation ",
+                   read.reader, " from ", read.writer);
 }
 
 // Whatever piece lies over whichever: where that changes a result it is reported, and where a piece is reported to be
@@ -153,6 +181,7 @@ TEST_CASE(pieces_that_overlap) {
     std::vector<uintptr_t> pieces;  // in the order that they are carved
     for (const Event& e : clean.events)
       if (e.name == kCarve) pieces.push_back(reinterpret_cast<uintptr_t>(e.views[0].data));
+    const auto reads = ArenaChecker(clean).reads_by_place();
     const auto size = [&](size_t i) { return clean.pieces.at(pieces[i]).end - pieces[i]; };
     int wrong = 0, harmless = 0, lucky = 0;
     Random random(1);
@@ -163,6 +192,7 @@ TEST_CASE(pieces_that_overlap) {
         Run planted = clean;
         planted.pieces[pieces[i]].planned = clean.planned(pieces[onto]);
         const auto mistakes = mistakes_of(planted);
+        const Run shared = sharing(clean, pieces[i], pieces[onto]);
         const FaultyPlan plan(i, onto);
         const auto got = ModelCase(DType::float64, kCpu).run(trains);
         bool differs = false;
@@ -171,6 +201,8 @@ TEST_CASE(pieces_that_overlap) {
         CHECK_NOTE(!differs || !mistakes.empty(), "piece ", i, " over ", onto, " is not reported");
         for (const std::string& m : mistakes)
           CHECK_NOTE(differs || !m.ends_with(" lies over it"), "piece ", i, " over ", onto, ": ", m);
+        const ArenaChecker checker(shared);
+        CHECK_NOTE(!differs || !checker.mistakes.empty() || checker.reads_by_place() != reads, "piece ", i, " is ", onto);
       }
     std::printf("  %s: %d wrong, %d harmless, %d lucky\n", trains ? "training" : "inference", wrong, harmless, lucky);
     CHECK(wrong > 30 && harmless > 50);
@@ -230,4 +262,67 @@ TEST_CASE(sessions_are_clean) {
     CHECK(steps_of(run).size() > 10);
     check_clean(run, check::text(name_of(dtype), exec.device == Device::cpu ? " CPU" : " CUDA"));
   }
+}
+
+namespace {
+
+// Whether an operation makes something that was not there before it. What is only changed in place is there without it,
+// too, and so are the images that denoise_step changes.
+bool makes(const Event& e) {
+  return e.name != "denoise_step" && std::any_of(e.views.begin(), e.views.end(), [&](const trace::View& v) {
+    return v.access == Access::write && std::none_of(e.views.begin(), e.views.end(), [&](const trace::View& other) {
+      return other.access == Access::read && other.data == v.data;
+    });
+  });
+}
+
+// Events whose results an operation reads, perhaps after copies.
+std::set<size_t> needed(const Run& run) {
+  const auto reads = ArenaChecker(run).reads;
+  std::set<size_t> out;
+  for (auto r = reads.rbegin(); r != reads.rend(); ++r)
+    if (is_operation(run.events[r->reader]) || out.contains(r->reader)) out.insert(r->writer);
+  return out;
+}
+
+}  // namespace
+
+TEST_CASE(skipped_operations) {
+  const TestModel model(session_config(), tiny_schedule());
+  const Run run = session_run(model, DType::float32, kCuda);
+  Random random(3);
+  int planted = 0;
+  for (const size_t i : needed(run)) {
+    const Event& e = run.events[i];
+    if (!makes(e) || (is_operation(e) && random.below(6))) continue;
+    Run without = run;
+    without.events.erase(without.events.begin() + std::ptrdiff_t(i));
+    ++planted;
+    CHECK_NOTE(!mistakes_of(without).empty(), e.name, " (", i, ")");
+  }
+  std::printf("  %d of %zu events\n", planted, run.events.size());
+  CHECK(planted > 200);
+}
+
+// Two operations in the wrong order, where the second reads what the first one makes.
+TEST_CASE(operations_that_change_places) {
+  const TestModel model(session_config(), tiny_schedule());
+  const Run run = session_run(model, DType::float32, kCuda);
+  std::vector<std::pair<size_t, size_t>> pairs;
+  for (const auto& r : ArenaChecker(run).reads) {
+    bool follows = is_operation(run.events[r.reader]) && is_operation(run.events[r.writer]) && makes(run.events[r.writer]);
+    for (size_t k = r.writer + 1; k < r.reader; ++k) follows &= !is_operation(run.events[k]);
+    if (follows) pairs.emplace_back(r.writer, r.reader);
+  }
+  Random random(5);
+  int planted = 0;
+  for (const auto& [first, second] : pairs) {
+    if (random.below(8)) continue;
+    Run swapped = run;
+    std::swap(swapped.events[first], swapped.events[second]);
+    ++planted;
+    CHECK_NOTE(!mistakes_of(swapped).empty(), run.events[first].name, " (", first, ") and ", run.events[second].name);
+  }
+  std::printf("  %d of %zu pairs\n", planted, pairs.size());
+  CHECK(planted > 50);
 }
