@@ -14,7 +14,7 @@ class Arena {
   void* bytes(int64_t count) {
     void* piece = base_ ? base_ + used_ : nullptr;
     used_ += (count + 63) / 64 * 64;
-    return trace::recorder && piece ? trace::recorder->piece(piece, count, fresh_) : piece;
+    return trace::recorder() && piece ? trace::recorder()->piece(piece, count, fresh_) : piece;
   }
   Matrix matrix(int64_t rows, int64_t cols, DType dtype) {
     return {bytes(rows * cols * size_of(dtype)), rows, cols, cols, dtype};

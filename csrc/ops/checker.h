@@ -80,7 +80,7 @@ class Checker {
               Access access) {
     nonzero(field, data);
     const int64_t row = values * size_of(dtype);
-    if (trace::recorder) saw(field, data, layout.total(), row, row, access);  // on the emulator any table can be read
+    if (trace::recorder()) saw(field, data, layout.total(), row, row, access);  // on the emulator any table can be read
   }
   // Addresses on the device, of rows that are read.
   void indirect(const char* field, const void* const* rows, int64_t count, int64_t row_bytes) {
@@ -89,12 +89,12 @@ class Checker {
   }
   // Tells the recorder; right before the launch.
   void launches() const {
-    if (trace::recorder) trace::recorder->operation(op_, views_);
+    if (trace::recorder()) trace::recorder()->operation(op_, views_);
   }
 
  private:
   void saw(const char* field, const void* data, int64_t rows, int64_t row_bytes, int64_t stride_bytes, Access access) {
-    if (trace::recorder && access != Access::none)
+    if (trace::recorder() && access != Access::none)
       views_.push_back({field, data, rows, row_bytes, stride_bytes, access});
   }
   void saw(const char* field, const Matrix& m, int64_t rows, Access access) {

@@ -26,7 +26,7 @@ class Buffer {
   Buffer() = default;
   Buffer(int64_t bytes, const Execution& exec) : exec_(exec), bytes_(bytes > 0 ? bytes : 1) {
     data_ = FLEXDIT_ON(exec, host(bytes_), cuda::allocate(bytes_, exec));
-    if (trace::recorder) trace::recorder->allocated(data_, bytes_);
+    if (trace::recorder()) trace::recorder()->allocated(data_, bytes_);
   }
   Buffer(Buffer&& other) noexcept { *this = std::move(other); }
   Buffer& operator=(Buffer&& other) noexcept {
@@ -34,7 +34,7 @@ class Buffer {
     return *this;
   }
   ~Buffer() {
-    if (!data_ || (trace::recorder && trace::recorder->keeps(data_))) return;
+    if (!data_ || (trace::recorder() && trace::recorder()->keeps(data_))) return;
     FLEXDIT_ON(exec_, std::free(data_), cuda::release(data_, exec_));
   }
 

@@ -62,10 +62,10 @@ class ArenaRecorder : public trace::Recorder {
     void* pool = mmap(nullptr, kPool, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (pool == MAP_FAILED) throw std::bad_alloc();
     pool_ = static_cast<char*>(pool);
-    trace::recorder = this;
+    trace::current = this;
   }
   ~ArenaRecorder() override {
-    trace::recorder = nullptr;
+    trace::current = nullptr;
     munmap(pool_, kPool);
   }
   ArenaRecorder(const ArenaRecorder&) = delete;
