@@ -80,8 +80,9 @@ BlockBackwardWorkspace plan_backward(const BlockShape& s, Arena& arena) {
   if (s.kind == BlockKind::recovery) w.grad_base = rows(c);
   w.statistics = arena.bytes(row_statistics_workspace(s.dtype, s.rows > s.other_rows ? s.rows : s.other_rows));
   int64_t linear_bytes = 0;
-  for (const auto& spec : block_parameters(s.kind, s.hidden, s.mlp_hidden))
-    linear_bytes = std::max(linear_bytes, linear_backward_workspace(s.dtype, spec.rows, spec.cols));
+  for_layers(s.kind, s.hidden, s.mlp_hidden, [&](const char*, int64_t out, int64_t in) {
+    linear_bytes = std::max(linear_bytes, linear_backward_workspace(s.dtype, out, in));
+  });
   w.linear = arena.bytes(linear_bytes);
   return w;
 }
@@ -102,18 +103,10 @@ const char* name_of(BlockKind kind) {
 
 std::vector<ParameterSpec> block_parameters(BlockKind kind, int64_t hidden, int64_t mlp_hidden) {
   std::vector<ParameterSpec> specs;
-  const auto add = [&](const std::string& layer, int64_t out, int64_t in) {
+  for_layers(kind, hidden, mlp_hidden, [&](const std::string& layer, int64_t out, int64_t in) {
     specs.push_back({layer + ".weight", out, in});
     specs.push_back({layer + ".bias", 1, out});
-  };
-  add("modulation", 6 * hidden, hidden);
-  if (kind == BlockKind::recovery) add("from_sparse", hidden, hidden), add("from_dense", hidden, hidden);
-  if (kind == BlockKind::pooling) add("attn.v", hidden, hidden);
-  if (kind == BlockKind::dense) add("attn.qkv", 3 * hidden, hidden);
-  if (is_cross(kind)) add("attn.q", hidden, hidden), add("attn.kv", 2 * hidden, hidden);
-  add("attn.proj", hidden, hidden);
-  add("mlp.fc1", mlp_hidden, hidden);
-  add("mlp.fc2", hidden, mlp_hidden);
+  });
   return specs;
 }
 

@@ -6,7 +6,25 @@
 
 namespace flexdit {
 
-inline bool is_cross(BlockKind kind) { return kind == BlockKind::generation || kind == BlockKind::recovery; }
+constexpr bool is_cross(BlockKind kind) { return kind == BlockKind::generation || kind == BlockKind::recovery; }
+
+// Calls add(name, outputs, inputs) for each linear layer of a block: its weight, then its bias are the parameters.
+template <class Add>
+constexpr void for_layers(BlockKind kind, int64_t hidden, int64_t mlp_hidden, Add&& add) {
+  add("modulation", 6 * hidden, hidden);
+  if (kind == BlockKind::recovery) add("from_sparse", hidden, hidden), add("from_dense", hidden, hidden);
+  if (kind == BlockKind::pooling) add("attn.v", hidden, hidden);
+  if (kind == BlockKind::dense) add("attn.qkv", 3 * hidden, hidden);
+  if (is_cross(kind)) add("attn.q", hidden, hidden), add("attn.kv", 2 * hidden, hidden);
+  add("attn.proj", hidden, hidden);
+  add("mlp.fc1", mlp_hidden, hidden);
+  add("mlp.fc2", hidden, mlp_hidden);
+}
+constexpr size_t block_parameter_count(BlockKind kind) {
+  size_t count = 0;
+  for_layers(kind, 1, 1, [&](const char*, int64_t, int64_t) { count += 2; });
+  return count;
+}
 
 // What forward writes and backward reads.
 struct BlockContext {
