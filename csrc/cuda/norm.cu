@@ -258,6 +258,8 @@ void gated_residual(const GatedResidual& p, const Execution& exec) {
 }
 
 void gated_residual_backward(const GatedResidualBackward& p, const Execution& exec) {
+  if (p.layout.batch == 0 && !p.y_per_sample)  // no block clears the rows, which are all spare
+    return launch_rows("gated_residual_backward", p.layout, PlainRows{p.grad_out}, p.grad_y, Norm{}, exec, p.grad_out);
   const ResidualGradients job{{p.layout}, p.y, p.gate, p.grad_out, p.grad_y, p.grad_gate, p.y_per_sample};
   launch_columns({"gated_residual_backward", p.grad_out.rows, p.grad_out.cols}, p.y.dtype, p.layout.batch, job, exec,
                  p.y, p.gate, p.grad_out, p.grad_y, p.grad_gate);

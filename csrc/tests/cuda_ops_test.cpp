@@ -80,6 +80,58 @@ TEST_CASE(spare_rows) {
   CHECK(checked >= 30);
 }
 
+// Without samples all rows are spare: whatever writes token rows clears them.
+TEST_CASE(spare_rows_of_no_samples) {
+  const HostLayout owner(std::span<const Grid>{});
+  const TokenLayout none = owner.view();
+  const int64_t rows = 13;
+  for (const int64_t c : {48, 7}) {
+    Random random(6);
+    Tensor x = random_tensor(rows, c, DType::bfloat16, random), empty(0, c, DType::bfloat16);
+    GuardedBytes workspace(row_statistics_workspace(DType::bfloat16, rows));
+    const auto check = [&](const char* name, const std::function<void(const Matrix&)>& call) {
+      Tensor written(rows, c, DType::bfloat16, true);
+      call(written.view());
+      CHECK_NOTE(identical(written.values(), Values(rows, c)) && written.guards_intact(), name, " with C=", c);
+    };
+    const Matrix vectors = empty.view(), in = x.view();
+    check("modulated_layer_norm", [&](const Matrix& out) {
+      modulated_layer_norm({.x = in, .shift = vectors, .scale = vectors, .layout = none, .y = out}, kCuda);
+    });
+    check("modulated_layer_norm_backward", [&](const Matrix& out) {
+      ModulatedLayerNormBackward p{.x = in, .scale = vectors, .layout = none, .grad_y = in, .grad_residual = in};
+      p.grad_x = out, p.grad_shift = p.grad_scale = vectors, p.workspace = workspace.data();
+      modulated_layer_norm_backward(p, kCuda);
+    });
+    check("gated_residual", [&](const Matrix& out) {
+      gated_residual({.x = in, .y = in, .gate = vectors, .layout = none, .out = out}, kCuda);
+    });
+    check("gated_residual_backward", [&](const Matrix& out) {
+      GatedResidualBackward p{.y = in, .gate = vectors, .layout = none, .grad_out = in, .grad_y = out};
+      p.grad_gate = vectors;
+      gated_residual_backward(p, kCuda);
+    });
+    check("modulated_mean_backward", [&](const Matrix& out) {
+      ModulatedMeanBackward p{.x = in, .scale = vectors, .layout = none, .grad_mean = vectors, .grad_residual = {}};
+      p.grad_x = out, p.grad_shift = p.grad_scale = vectors, p.workspace = workspace.data();
+      modulated_mean_backward(p, kCuda);
+    });
+    check("pool_tokens", [&](const Matrix& out) {
+      pool_tokens({.x = vectors, .position = {}, .layout = none, .sparse_layout = none, .out = out}, kCuda);
+    });
+    check("pool_tokens_backward", [&](const Matrix& out) {
+      pool_tokens_backward({.layout = none, .sparse_layout = none, .grad_out = in, .grad_x = out}, kCuda);
+    });
+    check("gather_sparse", [&](const Matrix& out) {
+      gather_sparse({.s = in, .x = in, .position = {}, .layout = none, .sparse_layout = none, .out = out}, kCuda);
+    });
+    check("gather_sparse_backward", [&](const Matrix& out) {
+      gather_sparse_backward({.layout = none, .sparse_layout = none, .grad_out = in, .grad_s = out}, kCuda);
+    });
+    CHECK(workspace.intact());
+  }
+}
+
 // Many tokens in one storage type only: the emulator takes a second for them.
 TEST_CASE(sizes_of_models) {
   Worst worst;
