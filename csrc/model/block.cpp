@@ -94,7 +94,7 @@ void forward_attention(const BlockForward& p, const Roles& w, const BlockContext
                     .scale = part(k.modulation, kScale1),
                     .layout = p.layout,
                     .mean = k.pooled,
-                    .workspace = ws.statistics},
+                    .workspace = ws.mean},
                    exec);
     if (p.prepared.folded_weight)
       return apply({p.prepared.folded_weight, p.prepared.folded_bias}, k.pooled, k.y1, exec);

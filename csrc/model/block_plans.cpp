@@ -58,7 +58,7 @@ BlockWorkspace plan_workspace(const BlockShape& s, bool keeps_context, Arena& ar
   if (is_cross(s.kind)) w.n_other = arena.matrix(s.other_rows, s.hidden, s.dtype);
   if (s.kind == BlockKind::recovery) w.u = arena.matrix(s.other_rows, s.hidden, s.dtype);
   if (keeps_context) w.act = arena.matrix(s.rows, s.mlp_hidden, s.dtype);
-  w.statistics = arena.bytes(row_statistics_workspace(s.dtype, s.rows));
+  if (s.kind == BlockKind::pooling) w.mean = arena.bytes(modulated_mean_workspace(s.dtype, s.batch, s.rows, s.hidden));
   return w;
 }
 
@@ -78,7 +78,10 @@ BlockBackwardWorkspace plan_backward(const BlockShape& s, Arena& arena) {
     w.n_other = other_rows(c), w.grad_n_other = other_rows(c);
   }
   if (s.kind == BlockKind::recovery) w.grad_base = rows(c);
-  w.statistics = arena.bytes(row_statistics_workspace(s.dtype, s.rows > s.other_rows ? s.rows : s.other_rows));
+  int64_t statistics = row_statistics_workspace(s.dtype, std::max(s.rows, s.other_rows));
+  if (s.kind == BlockKind::pooling)
+    statistics = std::max(statistics, modulated_mean_workspace(s.dtype, s.batch, s.rows, s.hidden));
+  w.statistics = arena.bytes(statistics);
   int64_t linear_bytes = 0;
   for_layers(s.kind, s.hidden, s.mlp_hidden, [&](const char*, int64_t out, int64_t in) {
     linear_bytes = std::max(linear_bytes, linear_backward_workspace(s.dtype, out, in));

@@ -47,12 +47,12 @@ BlockContext plan_context(const BlockShape& s, Arena& arena);
 BlockContext plan_inference(const BlockShape& s, const Matrix& out, Arena& arena);
 
 struct BlockWorkspace {
-  Matrix silu;       // [B, C]
-  Matrix n;          // [R, C]
-  Matrix n_other;    // [Ro, C]
-  Matrix u;          // recovery: [Ro, C], W_1 of the sparse tokens
-  Matrix act;        // with a context: [R, 4C], GELU of it, which backward computes again
-  void* statistics;  // of R rows
+  Matrix silu;           // [B, C]
+  Matrix n;              // [R, C]
+  Matrix n_other;        // [Ro, C]
+  Matrix u;              // recovery: [Ro, C], W_1 of the sparse tokens
+  Matrix act;            // with a context: [R, 4C], GELU of it, which backward computes again
+  void* mean = nullptr;  // pooling: of modulated_mean
 };
 
 BlockWorkspace plan_workspace(const BlockShape& s, bool keeps_context, Arena& arena);
@@ -68,7 +68,7 @@ struct BlockBackwardWorkspace {
   Matrix n_other, grad_n_other;      // [Ro, C]
   Matrix grad_base;                  // recovery: [R, C]
   Matrix grad_pooled, grad_v;        // pooling: [B, C]
-  void* statistics;
+  void* statistics;                  // of norms, or of modulated_mean
   void* linear;
 };
 

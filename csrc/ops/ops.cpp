@@ -75,6 +75,11 @@ int64_t linear_backward_workspace(DType dtype, int64_t n, int64_t k) {
 
 int64_t row_statistics_workspace(DType dtype, int64_t rows) { return 2 * rows * size_of(accumulation_type(dtype)); }
 
+int64_t modulated_mean_workspace(DType dtype, int64_t batch, int64_t rows, int64_t cols) {
+  return std::max(row_statistics_workspace(dtype, rows),
+                  cuda::mean_parts(batch, rows) * cols * size_of(DType::float32));
+}
+
 void linear(const Linear& p, const Execution& exec) {
   Checker check("linear", exec);
   check.matrix("x", p.x, p.x.rows, p.x.cols);

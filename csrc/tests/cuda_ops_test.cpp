@@ -80,6 +80,48 @@ TEST_CASE(spare_rows) {
   CHECK(checked >= 30);
 }
 
+// Several blocks share a sample's tokens; to the bit its mean and gradients are those that it has alone.
+TEST_CASE(means_do_not_depend_on_company) {
+  const std::vector<Grid> grids = {{1, 1, 1}, {1, 16, 16}, {1, 3, 5}, {1, 4, 4}, {1, 1, 17}, {2, 13, 16}, {1, 1, 16}};
+  for (const DType dtype : kTypes)
+    for (const int64_t c : {72, 7}) {
+      const auto compute = [&](const std::vector<Values>& in, const std::vector<Grid>& samples) {
+        const HostLayout owner(samples);
+        const TokenLayout layout = owner.view();
+        const int64_t rows = layout.total() + 5, b = layout.batch;
+        Tensor x(rows, c, dtype), shift(in[1], dtype), scale(in[2], dtype), grad(in[3], dtype), mean(b, c, dtype);
+        Tensor grad_x(rows, c, dtype), grad_shift(b, c, dtype), grad_scale(b, c, dtype);
+        x.fill(in[0]);
+        GuardedBytes workspace(modulated_mean_workspace(dtype, b, rows, c));
+        ModulatedMean p{.x = x.view(), .shift = shift.view(), .scale = scale.view(), .layout = layout};
+        p.mean = mean.view(), p.workspace = workspace.data();
+        modulated_mean(p, kCuda);
+        ModulatedMeanBackward q{.x = x.view(), .scale = scale.view(), .layout = layout, .grad_mean = grad.view()};
+        q.grad_x = grad_x.view(), q.grad_shift = grad_shift.view(), q.grad_scale = grad_scale.view();
+        q.workspace = workspace.data();
+        modulated_mean_backward(q, kCuda);
+        CHECK(workspace.intact() && mean.guards_intact() && grad_scale.guards_intact());
+        return std::vector{mean.values(), grad_shift.values(), grad_scale.values(),
+                           rows_of(grad_x.values(), 0, layout.total())};
+      };
+      Random random(7);
+      const auto samples = static_cast<int64_t>(grids.size());
+      std::vector<Values> in = {random_values(naive::total(grids), c, random)};
+      for (int i = 0; i < 3; ++i) in.push_back(random_values(samples, c, random));
+      const auto together = compute(in, grids);
+      int64_t row = 0;
+      for (int64_t b = 0; b < samples; row += grids[size_t(b++)].tokens()) {
+        const int64_t tokens = grids[size_t(b)].tokens();
+        const auto alone =
+            compute({rows_of(in[0], row, tokens), rows_of(in[1], b, 1), rows_of(in[2], b, 1), rows_of(in[3], b, 1)},
+                    {grids[size_t(b)]});
+        for (size_t i = 0; i < alone.size(); ++i)
+          CHECK_NOTE(identical(alone[i], rows_of(together[i], i < 3 ? b : row, i < 3 ? 1 : tokens)), name_of(dtype),
+                     " sample ", b, " result ", i);
+      }
+    }
+}
+
 // Without samples all rows are spare: whatever writes token rows clears them.
 TEST_CASE(spare_rows_of_no_samples) {
   const HostLayout owner(std::span<const Grid>{});
@@ -88,7 +130,7 @@ TEST_CASE(spare_rows_of_no_samples) {
   for (const int64_t c : {48, 7}) {
     Random random(6);
     Tensor x = random_tensor(rows, c, DType::bfloat16, random), empty(0, c, DType::bfloat16);
-    GuardedBytes workspace(row_statistics_workspace(DType::bfloat16, rows));
+    GuardedBytes workspace(modulated_mean_workspace(DType::bfloat16, 0, rows, c));
     const auto check = [&](const char* name, const std::function<void(const Matrix&)>& call) {
       Tensor written(rows, c, DType::bfloat16, true);
       call(written.view());
