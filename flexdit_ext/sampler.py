@@ -223,18 +223,18 @@ class Session:
 
     def cancel(self, request: int) -> bool:
         """Whether the request was still queued or active; it leaves before the next step."""
-        return self._core.cancel(request)
+        return self._core.cancel(_check_id(request))
 
     def state(self, request: int) -> str:
         """ "queued", "active", "finished", "failed", or "unknown": never there, cancelled, or taken."""
-        return self._core.state(request)
+        return self._core.state(_check_id(request))
 
     def take(self, request: int | None = None) -> Tensor | dict[int, Tensor | RuntimeError] | None:
         """The latent [C, H, W] of a finished request, which is then forgotten; None while it is not finished, and
         RuntimeError raised if it failed. Without `request` all that are finished, by id, errors as values."""
         if request is None:
             return {key: self._result(image, error) for key, image, error in self._core.take_all()}
-        finished = self._core.take(request)
+        finished = self._core.take(_check_id(request))
         if finished is None:
             return None
         result = self._result(*finished[1:])
@@ -266,6 +266,10 @@ def _check_dtype(dtype, device: torch.device) -> torch.dtype:
         names = ", ".join(str(one).removeprefix("torch.") for one in known)
         raise TypeError(f"dtype is {dtype}, must be one of {names} on {device.type}")
     return dtype
+
+
+def _check_id(request) -> int:
+    return check_int("request", request, -(2**63), 2**63 - 1)  # any int may be asked for
 
 
 def _check_size(size, config) -> tuple[int, int]:
