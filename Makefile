@@ -22,17 +22,18 @@ pytest: $(VENV)/.built build/ctest/build.ninja
 
 ctest: build/ctest/build.ninja
 	$(BIN)/cmake --build build/ctest
-	$(BIN)/ctest --test-dir build/ctest --output-on-failure
+	$(BIN)/ctest --test-dir build/ctest -j2 --output-on-failure
 
 # The C++ tests, and for python_tests the CUDA kernels on the emulator as a Python module.
 build/ctest/build.ninja: $(VENV)/.installed CMakeLists.txt
 	$(CMAKE) -B build/ctest -DFLEXDIT_TESTS=ON -DFLEXDIT_CUDA=OFF -DFLEXDIT_PYTHON_EMULATED=ON \
 	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) >/dev/null
 
-# Compiles the CUDA kernels with nvcc for sm_80 and sm_90a; 16-bit kernels that spill registers fail. No GPU is needed,
-# and nothing is run.
+# Compiles the CUDA kernels with nvcc for sm_80 and sm_90a, and the Python module with them; 16-bit kernels that spill
+# registers fail. No GPU is needed.
 cuda: $(VENV)/.installed
-	$(CMAKE) -B build/cuda -DFLEXDIT_CUDA=ON -DCMAKE_CUDA_FLAGS=-Xptxas=-v \
+	$(CMAKE) -B build/cuda -DFLEXDIT_CUDA=ON -DFLEXDIT_PYTHON=ON -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(abspath build/cuda) \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) -DCMAKE_CUDA_FLAGS=-Xptxas=-v \
 	  "-DCMAKE_CUDA_COMPILER_LAUNCHER=$(abspath $(BIN)/python);$(abspath csrc/tests/no_spills.py)" >/dev/null
 	$(BIN)/cmake --build build/cuda
 
@@ -40,7 +41,7 @@ cuda: $(VENV)/.installed
 sanitize: $(VENV)/.installed
 	$(CMAKE) -B build/sanitize -DFLEXDIT_TESTS=ON -DFLEXDIT_CUDA=OFF -DFLEXDIT_SANITIZE=address,undefined >/dev/null
 	$(BIN)/cmake --build build/sanitize
-	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+	$(BIN)/ctest --test-dir build/sanitize -j2 --output-on-failure
 
 bench: $(VENV)/.built
 	$(BIN)/python bench/cpu_model.py

@@ -13,7 +13,7 @@ import subprocess
 import sys
 
 import torch
-from harness import machine, measure, table, write
+from harness import machine, machine_line, measure, table, write
 
 from flexdit_ext import FlexDiT, FlexDiTConfig, reference
 
@@ -159,8 +159,7 @@ def markdown(result: dict) -> str:
     memory, where = result["memory"], result["machine"]
     met = "met" if memory["peak_mb"] <= memory["allowed_mb"] else "MISSED"
     return (
-        f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}, oneDNN {where['onednn']}, "
-        f"{where['date']}, commit {where['commit']}. Sparse grid {GRID[0]}x{GRID[1]}. "
+        f"{machine_line(where)} Sparse grid {GRID[0]}x{GRID[1]}. "
         f"Medians of {result['rounds']} rounds; ratio: how many times as fast flexdit_ext is.\n\n"
         + table(["what", "contender", "ms", "ratio", "asked"], rows)
         + f"\nPeak memory of XL/2's forward, float32: {memory['peak_mb']:.0f} MB over the imports, weights included "

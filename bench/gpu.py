@@ -1,6 +1,7 @@
 """One command for a GPU machine: build, test, sanitize, measure, in ten minutes. `make gpu` and bench/GPU.md use it.
 
     python3 bench/gpu.py [--stages build,tests,sanitize,kernels,model] [--total-s 580] [--dry-run]
+    python3 bench/gpu.py --stages build,latency,serving      # the sampling engine, in a second call
 
 Needs no installation and no network: it builds in place with the running Python, for the visible card only. Wheels in
 .whl/ are unpacked first (oneDNN, diffusers). Results go to $OUT, else bench/results/; logs to $OUT/gpu.log, else
@@ -23,7 +24,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("build", "tests", "sanitize", "kernels", "model")
+# Benchmarks and the share of the time left that each takes where others follow. No call brings back the files of all.
+BENCHES = {"kernels": 0.4, "model": 0.5, "latency": 0.7, "serving": 1.0}
+STAGES = ("build", "tests", "sanitize", *BENCHES)
+FIRST = ("build", "tests", "sanitize", "kernels", "model")  # those of a call that names none
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SANITIZER_FOUND = 86  # exit code of compute-sanitizer for errors of its own finding
 SHORT = 40  # tests that the sanitizers run
@@ -169,10 +173,11 @@ def plan(arguments: argparse.Namespace, arch: str, sanitizer: str, out: Path) ->
     if "sanitize" in stages:
         made += [sanitizer_stage(sanitizer, tool, i, checks_s) for i, tool in enumerate(TOOLS)]
     left = arguments.total_s - sum({stage.group: stage.limit_s for stage in made}.values())
-    benches = [name for name in ("kernels", "model") if name in stages]
+    benches = [name for name in BENCHES if name in stages]
     for name in benches:
-        share = 0.4 if name != benches[-1] else 1.0
+        share = BENCHES[name] if name != benches[-1] else 1.0
         command = [sys.executable, str(ROOT / "bench" / f"{name}.py"), "--out", str(out)]
+        command += ["--device", "cuda"] if name in ("latency", "serving") else []
         command += shlex.split(getattr(arguments, name))
         made.append(Stage(name, name, share * left, [command], share=share))
         left -= share * left
@@ -317,12 +322,12 @@ def described(stages: list[Stage]) -> str:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", default=",".join(STAGES), help=f"some of {','.join(STAGES)}")
+    parser.add_argument("--stages", default=",".join(FIRST), help=f"some of {','.join(STAGES)}")
     parser.add_argument("--total-s", type=float, default=580)
     parser.add_argument("--build-s", type=float, default=150, help="limit of the build")
     parser.add_argument("--checks-s", type=float, default=170, help="limit of the tests and of each sanitizer")
-    parser.add_argument("--kernels", default="", help="more arguments for bench/kernels.py, in one string")
-    parser.add_argument("--model", default="", help="more arguments for bench/model.py, in one string")
+    for name in BENCHES:
+        parser.add_argument(f"--{name}", default="", help=f"more arguments for bench/{name}.py, in one string")
     parser.add_argument("--dry-run", action="store_true", help="print what would be run")
     parsed = parser.parse_args(arguments)
     parsed.stages = parsed.stages.split(",")
@@ -357,7 +362,7 @@ def main(argv: list[str] | None = None) -> int:
         for stage in stages:
             if not stage.ok:
                 print(f"\n----- {stage.name}\n{tail(stage.log, 1500)}")
-            elif stage.name in ("kernels", "model"):
+            elif stage.name in BENCHES:
                 print(tail(stage.log, 4000))
         print(summary(stages), flush=True)
     return 0 if all(stage.ok for stage in stages) else 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from harness import table
+from harness import machine_line, table
 
 OURS = "flexdit_ext"
 COMPILED = "torch.compile"  # in the name of every compiled rival
@@ -43,6 +43,9 @@ def asked(target: dict) -> str:
 
 
 def header(result: dict) -> str:
+    """Where and when, for results of every device."""
+    if "machine" in result:
+        return ("SMOKE RUN, no measurement. " if result["smoke"] else "") + machine_line(result["machine"])
     where, ceilings = result["environment"], result["ceilings"]
     begin = result.get("clocks", {}).get("begin", {})
     end = result.get("clocks", {}).get("end", {})

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from harness import commit
+from harness import commit, machine
 
 Run = Callable[[], object]
 CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw", "power.limit", "temperature.gpu")
@@ -94,6 +94,23 @@ class Device:
     def memory(self, what: str = "memory_allocated") -> int:
         return getattr(torch.cuda, what)() if self.cuda else 0
 
+    def start(self):
+        """Begins a measurement; stop() ends it, from the queue's side on a GPU, and gives the ms after a
+        synchronize()."""
+        if not self.cuda:
+            return time.perf_counter()
+        begin = torch.cuda.Event(enable_timing=True)
+        begin.record()
+        return begin
+
+    def stop(self, begin) -> Callable[[], float]:
+        if not self.cuda:
+            took = (time.perf_counter() - begin) * 1e3
+            return lambda: took
+        end = torch.cuda.Event(enable_timing=True)
+        end.record()
+        return lambda: begin.elapsed_time(end)
+
     def stamp(self, run: Run, hidden_s: float | None) -> Callable[[], float]:
         """Runs once with a cold L2; the result gives the ms, after a synchronize().
 
@@ -101,20 +118,17 @@ class Device:
         stays out; None measures from an idle GPU, launch overhead included.
         """
         if not self.cuda:
-            begin = time.perf_counter()
+            begin = self.start()
             run()
-            took = (time.perf_counter() - begin) * 1e3
-            return lambda: took
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            return self.stop(begin)
         self._flushed.fill_(1)
         if hidden_s is None:
             torch.cuda.synchronize()
         else:
             torch.cuda._sleep(int(hidden_s * 2e9))  # cycles; no GPU of today runs much above 2 GHz
-        begin.record()
+        begin = self.start()
         run()
-        end.record()
-        return lambda: begin.elapsed_time(end)
+        return self.stop(begin)
 
 
 def rounds_for(seconds_per_round: float, most: int, limit_s: float, least: int = 5) -> int:
@@ -221,6 +235,19 @@ def result_name(kind: str, where: dict) -> str:
     """gpu_kernels_2026-01-31_nvidia-h200: letters, digits, '.', '_' and '-' alone."""
     device = re.sub(r"[^a-z0-9.]+", "-", where["device"].lower()).strip("-")
     return f"gpu_{kind}_{where['date']}_{device}"
+
+
+def conditions(device: Device, smoke: bool) -> dict:
+    """What the result of a script that runs on either device begins with; on a GPU its ceilings and clocks, too."""
+    if not device.cuda:
+        return {"smoke": smoke, "machine": machine()}
+    result = {"smoke": smoke, "environment": environment(device), "clocks": {"begin": clocks()}}
+    return result | {"ceilings": ceilings(device, 1 << 20, 64) if smoke else ceilings(device)}
+
+
+def result_file(kind: str, result: dict) -> str:
+    """Without suffix: KIND_cpu, or result_name() on a GPU."""
+    return result_name(kind, result["environment"]) if "environment" in result else f"{kind}_cpu"
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -73,6 +73,14 @@ def machine() -> dict:
     }
 
 
+def machine_line(where: dict) -> str:
+    """machine() in words."""
+    return (
+        f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}, oneDNN {where['onednn']}, "
+        f"{where['date']}, commit {where['commit']}, load average {where['load_average']:.1f} at the start."
+    )
+
+
 def table(headers: list[str], rows: list[list[str]]) -> str:
     """A markdown table."""
     lines = ["| " + " | ".join(headers) + " |", "|" + "---|" * len(headers)]
@@ -94,3 +102,36 @@ def write(name: str, result: dict, markdown: str, folder: Path = RESULTS) -> Non
     save(name, result, markdown, folder)
     print(markdown)
     print(f"written to {folder / name}.json and .md")
+
+
+def bars(rows: list[dict], path: Path, key: str = "median_ms") -> None:
+    """Bars of the contenders' times, one panel per row; ours are those whose name begins with flexdit_ext."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(len(rows), 1, figsize=(8, 1.9 * len(rows)), squeeze=False)
+    for panel, row in zip(panels[:, 0], rows):
+        names = [name for name, times in row["contenders"].items() if key in times][::-1]
+        values = [row["contenders"][name][key] for name in names]
+        colors = ["tab:green" if name.startswith("flexdit_ext") else "lightgray" for name in names]
+        drawn = panel.barh(names, values, color=colors)
+        panel.bar_label(drawn, [f" {value:.2f} ms" for value in values], fontsize=8)
+        panel.set_title(row["name"], loc="left", fontsize=9)
+        panel.tick_params(axis="y", labelsize=8)
+        panel.margins(x=0.15)
+        panel.spines[["top", "right", "bottom"]].set_visible(False)
+        panel.set_xticks([])
+    save_figure(figure, path)
+
+
+def save_figure(figure, path: Path) -> None:
+    """Whole or not at all."""
+    import matplotlib.pyplot as plt
+
+    temporary = path.with_name(path.name + ".tmp")
+    figure.tight_layout()
+    figure.savefig(temporary, dpi=100, format=path.suffix[1:])
+    plt.close(figure)
+    temporary.replace(path)

@@ -32,7 +32,7 @@ from gpu_timing import (
     result_name,
     time_limit,
 )
-from harness import save, write
+from harness import bars, save, write
 from model_rows import EAGER, POOLED, REDUCED, Contender, Models, Row, all_rows, contenders_of, smoke_rows
 
 TOLERANCE = 0.05  # relative, bfloat16 through 28 blocks against the eager reference in bfloat16
@@ -152,31 +152,6 @@ def run_rows(rows: list[Row], session: Session, result: dict, keep: Callable[[],
             torch.cuda.empty_cache()
 
 
-def plot(result: dict, path: Path) -> None:
-    """Bars of the medians, one panel per row."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = result["rows"]
-    figure, panels = plt.subplots(len(rows), 1, figsize=(8, 1.9 * len(rows)), squeeze=False)
-    for panel, row in zip(panels[:, 0], rows):
-        names = [name for name, times in row["contenders"].items() if "median_ms" in times][::-1]
-        values = [row["contenders"][name]["median_ms"] for name in names]
-        colors = ["tab:green" if name.startswith(OURS) else "lightgray" for name in names]
-        bars = panel.barh(names, values, color=colors)
-        panel.bar_label(bars, [f" {value:.2f} ms" for value in values], fontsize=8)
-        panel.set_title(row["name"], loc="left", fontsize=9)
-        panel.tick_params(axis="y", labelsize=8)
-        panel.margins(x=0.15)
-        panel.spines[["top", "right", "bottom"]].set_visible(False)
-        panel.set_xticks([])
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
 def failures(result: dict) -> list[str]:
     """Rows where flexdit_ext failed or was wrong; a row that was not begun for want of time is none."""
     rows = [(row["name"], row["contenders"].get(OURS, {})) for row in result["rows"]]
@@ -213,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     run_rows(rows, session, result, lambda: save(name, result, model_markdown(result), out))
     result["clocks"]["end"] = clocks()
     if result["rows"]:
-        plot(result, out / f"{name}.png")
+        bars(result["rows"], out / f"{name}.png")
     write(name, result, model_markdown(result), out)
     for line in failures(result):
         print("FAILED", line, file=sys.stderr)

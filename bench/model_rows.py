@@ -150,16 +150,23 @@ def randomized(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def diffusers_dit(config: FlexDiTConfig) -> torch.nn.Module:
+def from_diffusers(*names: str) -> list[type]:
+    """diffusers' classes of these names; NotRun where it is not installed or broken."""
     here, path = str(Path(__file__).parent), list(sys.path)
     sys.path[:] = [place for place in path if place != here]  # it would take bench/kernels.py for the package kernels
     try:
-        from diffusers import DiTTransformer2DModel
-    except ImportError as error:
+        import diffusers
+
+        return [getattr(diffusers, name) for name in names]
+    except (ImportError, RuntimeError) as error:  # it imports when asked for a name, and wraps what goes wrong
         raise NotRun(f"diffusers cannot be imported: {error}") from error
     finally:
         sys.path[:] = path
-    return DiTTransformer2DModel(
+
+
+def diffusers_dit(config: FlexDiTConfig) -> torch.nn.Module:
+    (model,) = from_diffusers("DiTTransformer2DModel")
+    return model(
         num_attention_heads=config.num_heads,
         attention_head_dim=config.hidden_size // config.num_heads,
         in_channels=config.in_channels,

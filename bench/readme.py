@@ -7,6 +7,7 @@ python bench/readme.py --check          # exit 1 if README.md does not show benc
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import shutil
@@ -61,7 +62,25 @@ def gpu_section() -> str:
     return gpu_tables.readme_section(RESULTS) or MISSING
 
 
-SECTIONS = {"cpu_model": cpu_section, "digits": demo_section, "gpu": gpu_section}
+def engine_section(kind: str) -> str:
+    """bench/latency.py's or serving.py's: the CPU's table, then the newest GPU's, each with its plot."""
+    gpu, parts = gpu_tables.newest(RESULTS, kind), []
+    for stem in filter(None, (f"{kind}_cpu", gpu and gpu.stem)):
+        if not (RESULTS / f"{stem}.md").exists():
+            continue
+        parts.append((RESULTS / f"{stem}.md").read_text().strip())
+        if (RESULTS / f"{stem}.png").exists():
+            parts.append(f"![{kind}](bench/results/{stem}.png)")
+    return "\n\n".join(parts) or MISSING
+
+
+SECTIONS = {
+    "cpu_model": cpu_section,
+    "latency": functools.partial(engine_section, "latency"),
+    "serving": functools.partial(engine_section, "serving"),
+    "digits": demo_section,
+    "gpu": gpu_section,
+}
 
 
 def filled(readme: str) -> str:

@@ -298,7 +298,7 @@ def patch_embed(x: Tensor, weight: Tensor, bias: Tensor, position: Tensor, table
     require_device("patch_embed", [weight, bias], x=x, position=position, layout=table)
     patch = weight.shape[2]
     count = _num_patches(x, patch)
-    patches, out = empty_rows(x, count, weight[0].numel()), empty_rows(x, count, weight.shape[0])
+    patches, out = empty_rows(x, count, weight.shape[1:].numel()), empty_rows(x, count, weight.shape[0])
     parameters = _weights([weight, bias])
     x = x.contiguous()
     _C.patch_embed_forward(
@@ -310,7 +310,7 @@ def patch_embed(x: Tensor, weight: Tensor, bias: Tensor, position: Tensor, table
 @patch_embed.register_fake
 def _(x, weight, bias, position, table):
     count = _num_patches(x, weight.shape[2])
-    return x.new_empty(count, weight.shape[0]), x.new_empty(count, weight[0].numel())
+    return x.new_empty(count, weight.shape[0]), x.new_empty(count, weight.shape[1:].numel())
 
 
 @custom_op("flexdit_ext::patch_embed_backward", mutates_args=())

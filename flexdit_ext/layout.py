@@ -19,6 +19,16 @@ def _uniform_table(batch: int, sides: tuple[int, int, int], device: torch.device
     return torch.tensor([*rows, [batch * tokens, 0, 0, 0]], dtype=torch.int32, device=device)
 
 
+def _checked_device(device) -> torch.device:
+    if isinstance(device, torch.device):  # as torch.compile traces it
+        return device
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"device is {device!r}, must be a torch.device or a name such as 'cuda:0'") from error
+
+
 class TokenLayout:
     """Packed rows [total, C] of a batch of token grids, sample after sample.
 
@@ -34,6 +44,7 @@ class TokenLayout:
     """
 
     def __init__(self, grids: Sequence[Grid], device: torch.device | str = "cpu"):
+        device = _checked_device(device)
         table, rows = [], 0
         for grid in check_grids("grids", grids):
             frames, height, width = (1, *grid)[-3:]
@@ -59,12 +70,15 @@ class TokenLayout:
     @classmethod
     def uniform(cls, batch: int, grid: Grid, device: torch.device | str = "cpu") -> TokenLayout:
         """`batch` samples with the same grid. Built of torch operations so that torch.compile follows them."""
+        device = _checked_device(device)
         frames, height, width = (1, *check_grid("grid", grid))[-3:]
         tokens = frames * height * width
         if batch < 0 or batch * tokens >= 2**31:
             raise ValueError(f"batch is {batch}, must be at least 0 and give fewer than 2^31 tokens of {grid}")
         if not torch.compiler.is_compiling():
-            return cls.of(_uniform_table(batch, (frames, height, width), torch.device(device)), batch * tokens)
+            real = type(torch.empty(0, device="cpu")) is Tensor  # FakeTensorMode's table must not be kept for others
+            make = _uniform_table if real else _uniform_table.__wrapped__
+            return cls.of(make(batch, (frames, height, width), device), batch * tokens)
         offsets = (torch.arange(batch + 1, dtype=torch.int32, device=device) * tokens)[:, None]
         sides = torch.tensor([[frames, height, width]], dtype=torch.int32, device=device).expand(batch, 3)
         sides = torch.cat([sides, torch.zeros(1, 3, dtype=torch.int32, device=device)])
@@ -72,7 +86,7 @@ class TokenLayout:
 
     def to(self, device: torch.device | str) -> TokenLayout:
         """The same layout with its table on another device."""
-        return TokenLayout.of(self.table.to(device, non_blocking=True), self.rows)
+        return TokenLayout.of(self.table.to(_checked_device(device), non_blocking=True), self.rows)
 
     @property
     def batch(self) -> int:

@@ -25,8 +25,8 @@ CUDA_VARIANTS = {name: HEADS | overrides for name, overrides in VARIANTS.items()
 }
 
 
-def device_model(device, dtype=torch.float32, **overrides):
-    return random_model(dtype, **(HEADS | {"schedule": SCHEDULE, "num_sdtm": 1} | overrides)).to(device)
+def device_model(device, dtype=torch.float32, seed=0, **overrides):
+    return random_model(dtype, seed, **(HEADS | {"schedule": SCHEDULE, "num_sdtm": 1} | overrides)).to(device)
 
 
 def device_inputs(config, device, batch=3, dtype=torch.float32):

@@ -81,7 +81,7 @@ def pretended_gpu(monkeypatch):
     monkeypatch.setattr(kernels, "Device", Pretended)
     monkeypatch.setattr(model_bench, "Device", Pretended)
     monkeypatch.setattr(torch.optim, "AdamW", _without(torch.optim.AdamW, "capturable"))
-    return types.SimpleNamespace(slept=slept, Graph=Graph)
+    return types.SimpleNamespace(slept=slept, Graph=Graph, Device=Pretended)
 
 
 def _without(function, *names):

@@ -48,6 +48,16 @@ def test_plan_fits_the_time():
     assert only[0].limit_s == 580 and "a b" in only[0].commands[0]
 
 
+def test_the_engine_has_a_call_of_its_own():
+    chosen = ["--stages", "build,latency,serving", "--serving", "--max-batch 16"]
+    build, latency, serving = gpu.plan(gpu.parse(chosen), "90a", "cs", Path("/out"))
+    assert latency.limit_s > serving.limit_s > 60
+    assert build.limit_s + latency.limit_s + serving.limit_s == pytest.approx(580)
+    for stage in (latency, serving):
+        assert stage.commands[0][stage.commands[0].index("--device") + 1] == "cuda"
+    assert serving.commands[0][-2:] == ["--max-batch", "16"]
+
+
 def stage(name: str, code: str, group: str = "one", limit_s: float = 20.0, **more) -> gpu.Stage:
     return gpu.Stage(name, group, limit_s, [[sys.executable, "-c", code]], **more)
 

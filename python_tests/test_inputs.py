@@ -264,6 +264,18 @@ def test_op_layout_of_wrong_type(op, argument, value):
         getattr(ops, op)(**good_arguments()[op] | {argument: value})
 
 
+@pytest.mark.parametrize("op, argument", LAYOUTS)
+def test_op_layout_elsewhere(op, argument):
+    """torch would run the fake of the op, and return what was never computed."""
+    arguments = good_arguments()[op]
+    assert_raises(
+        ValueError,
+        f"{argument}.table",
+        "meta",
+        lambda: getattr(ops, op)(**arguments | {argument: arguments[argument].to("meta")}),
+    )
+
+
 @pytest.mark.parametrize(
     "op, argument, value",
     [

@@ -7,7 +7,7 @@ from helpers import randn, random_model
 from op_cases import CASES, OPS, Case, evaluate, make_tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flexdit_ext import DensitySchedule, ops
+from flexdit_ext import DensitySchedule, _block_ops, ops
 
 each_op = pytest.mark.parametrize("key", OPS)
 
@@ -18,6 +18,11 @@ def test_gradcheck(key):
     tensors = [x.requires_grad_() for x in make_tensors(op, case, torch.float64)]
     rest = op.rest(*case.layouts(), case.heads)
     assert torch.autograd.gradcheck(lambda *x: getattr(ops, op.name)(*x, *rest), tensors, atol=1e-7, rtol=1e-5)
+
+
+def test_gradcheck_of_guidance():
+    x = randn(4, 3, 2, 2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: _block_ops.guidance_combine(x, 2, 2.5), [x])
 
 
 @each_op
@@ -69,6 +74,7 @@ def calls(request):
         x = randn(2, 4, 4, 4, dtype=torch.float32).to(device).requires_grad_()
         t, y = torch.tensor([3, 700], device=device), torch.tensor([1, 2], device=device)
         model(x, t, y).sum().backward()
+        model.forward_with_cfg(x, t, y, 2.0)
     return recorder.calls
 
 

@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 
 
@@ -14,11 +12,15 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("code", blocks("python"))
-def test_python_block_runs(code):
+def test_python_blocks_run():
     scope = {}
-    exec(compile(code, "README.md", "exec"), scope)
+    model, sampling = (compile(code, "README.md", "exec") for code in blocks("python"))
+    exec(model, scope)
     assert scope["latents"].shape == (3, 4, 16, 16)
+    exec(sampling, scope)  # it goes on with the model
+    assert scope["images"].shape == (3, 4, 16, 16)
+    shapes = {key: tuple(latent.shape) for key, latent in scope["latents"].items()}
+    assert shapes == {scope["first"]: (4, 16, 16), scope["second"]: (4, 8, 12)}
 
 
 def test_cpp_block_is_the_example():

@@ -85,6 +85,7 @@ __device__ __forceinline__ void write_spare(const Forward<T>& p, const Block& bl
 
 template <class S, int kBlocks>
 __global__ void __launch_bounds__(S::kThreads, kBlocks) attention_kernel(const Forward<typename S::Type> p) {
+  await_predecessor();
   using T = typename S::Type;
   const Block block = block_of_thread<S::kOwn>(p.g);
   if (block.count == 0) return;

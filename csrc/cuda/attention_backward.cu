@@ -78,6 +78,7 @@ __device__ __forceinline__ int warp_of_thread() { return static_cast<int>(thread
 // A block owns queries; keys and values stream by.
 template <class S, int kBlocks>
 __global__ void __launch_bounds__(S::kThreads, kBlocks) attention_grad_q_kernel(const Backward<typename S::Type> p) {
+  await_predecessor();
   using T = typename S::Type;
   const int d = p.g.head_size;
   const Block block = block_of_thread<S::kOwn>(p.g);
@@ -143,6 +144,7 @@ __global__ void __launch_bounds__(S::kThreads, kBlocks) attention_grad_q_kernel(
 // A block owns keys and values; queries and the gradients of their outputs stream by.
 template <class S, int kBlocks>
 __global__ void __launch_bounds__(S::kThreads, kBlocks) attention_grad_kv_kernel(const Backward<typename S::Type> p) {
+  await_predecessor();
   using T = typename S::Type;
   const int d = p.g.head_size;
   const Block block = block_of_thread<S::kOwn>(p.g);

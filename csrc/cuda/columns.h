@@ -44,6 +44,7 @@ struct RowRange {
 
 template <class T, int V, class Job>
 __global__ void __launch_bounds__(kColumnThreads) columns_kernel(Job job, int cols) {
+  await_predecessor();
   constexpr int kLanes = kColumnLanes<V>, kRows = kColumnThreads / kLanes;
   const int64_t sample = blockIdx.y;
   const int column = (int(blockIdx.x) * kLanes + int(threadIdx.x) % kLanes) * V, turn = int(threadIdx.x) / kLanes;

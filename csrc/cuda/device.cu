@@ -1,5 +1,8 @@
 #include "cuda/device.h"
 
+#include <atomic>
+#include <cstdlib>
+
 #ifndef FLEXDIT_CUDA_ARCHITECTURES  // the emulator's build
 #define FLEXDIT_CUDA_ARCHITECTURES "none"
 #endif
@@ -23,7 +26,32 @@ std::string how_to_build_for(int device) {
          architecture + ", which pip takes in FLEXDIT_CMAKE_ARGS";
 }
 
+#ifndef FLEXDIT_EMULATED
+// Compiled for the same architectures as all kernels: says which of them this device runs.
+__global__ void probe_kernel() {}
+
+bool waits_for_predecessors(int device) {
+  cudaFuncAttributes attributes;
+  int major = 0;
+  // A device may be newer than the code that it runs: then the wait is not in it.
+  return cudaFuncGetAttributes(&attributes, probe_kernel) == cudaSuccess && attributes.ptxVersion >= 90 &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+}
+#endif
+
 }  // namespace
+
+#ifndef FLEXDIT_EMULATED
+bool launches_early(int device) {
+  constexpr int kDevices = 64;
+  static const char* const wish = std::getenv("FLEXDIT_PDL");
+  static std::atomic<signed char> known[kDevices];  // 0: not asked yet
+  if ((wish && std::string(wish) == "0") || device < 0 || device >= kDevices) return false;
+  signed char answer = known[device].load(std::memory_order_relaxed);
+  if (answer == 0) known[device] = answer = waits_for_predecessors(device) ? 1 : -1;
+  return answer > 0;
+}
+#endif
 
 void launch_failed(const Op& op, dim3 grid, dim3 block, size_t shared_bytes, int device, const char* words) {
   const auto text = [](const dim3& d) {

@@ -226,6 +226,17 @@ __device__ __forceinline__ void wait_copies() {
 
 // ---- Launches.
 
+// Every kernel begins with this. On sm_90 and newer a kernel is launched while the one before it still runs, and waits
+// here until that has ended and its writes can be seen (programmatic dependent launch); then the next one may come.
+__device__ __forceinline__ void await_predecessor() {
+#ifdef FLEXDIT_EMULATED
+  emulator::await_predecessor();
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // What the caller computes, for error messages.
 struct Op {
   const char* name;
@@ -238,6 +249,12 @@ using Stream = void*;
 using Stream = cudaStream_t;
 #endif
 inline Stream stream_of(const Execution& exec) { return static_cast<Stream>(exec.stream); }
+
+#ifndef FLEXDIT_EMULATED
+// Whether the kernels that run on the current device were compiled to wait for the one before them, and FLEXDIT_PDL is
+// not 0.
+bool launches_early(int device);
+#endif
 
 // Throws DeviceError with the op, its sizes, the launch and `words`.
 [[noreturn]] void launch_failed(const Op& op, dim3 grid, dim3 block, size_t shared_bytes, int device,
@@ -252,7 +269,12 @@ void launch(const Op& op, void (*kernel)(Parameters...), dim3 grid, dim3 block, 
   const emulator::Configuration configuration{op.name, grid, block, shared_bytes};
   if (const char* words = emulator::launch_error(configuration))
     launch_failed(op, grid, block, shared_bytes, exec.device_index, words);
-  emulator::submit([=] { emulator::run(configuration, [&] { kernel(arguments...); }); });
+  emulator::submit([=] {
+    emulator::run(configuration, [&] {
+      kernel(arguments...);
+      emulator::expect_awaited();
+    });
+  });
 #else
   constexpr size_t kDefaultSharedBytes = 48 << 10;
   int before = 0;
@@ -261,8 +283,15 @@ void launch(const Op& op, void (*kernel)(Parameters...), dim3 grid, dim3 block, 
   if (status == cudaSuccess && shared_bytes > kDefaultSharedBytes)
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
   if (status == cudaSuccess) {
-    kernel<<<grid, block, shared_bytes, stream_of(exec)>>>(Parameters(arguments)...);
-    status = cudaGetLastError();
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream_of(exec);
+    config.attrs = &early, config.numAttrs = launches_early(exec.device_index) ? 1 : 0;
+    status = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+    if (status != cudaSuccess) cudaGetLastError();  // so that the next call does not report it again
   }
   if (before != exec.device_index) cudaSetDevice(before);
   if (status != cudaSuccess)
@@ -274,7 +303,9 @@ constexpr int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Kernels with a thread per element.
 constexpr int kElementThreads = 256;
-inline unsigned element_blocks(int64_t elements) { return static_cast<unsigned>(ceil_divide(elements, kElementThreads)); }
+inline unsigned element_blocks(int64_t elements) {
+  return static_cast<unsigned>(ceil_divide(elements, kElementThreads));
+}
 __device__ __forceinline__ int64_t element_of_thread() { return int64_t{blockIdx.x} * kElementThreads + threadIdx.x; }
 
 }  // namespace flexdit::cuda

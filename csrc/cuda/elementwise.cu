@@ -72,6 +72,7 @@ struct SiluGradient {
 
 template <class T, int V, class Function>
 __global__ void __launch_bounds__(kThreads) elementwise_kernel(Function f, int64_t rows, int64_t vectors_per_row) {
+  await_predecessor();
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i < rows * vectors_per_row) f.template apply<T, V>(i / vectors_per_row, i % vectors_per_row * V);
 }
@@ -118,6 +119,7 @@ struct ChunkSums {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) add_chunks_kernel(const float* partial, int64_t chunks, Matrix sums) {
+  await_predecessor();
   const int64_t column = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (column >= sums.cols) return;
   float sum = 0;

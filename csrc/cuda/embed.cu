@@ -7,6 +7,7 @@ namespace {
 // One thread per value, neighbours along an image's row: reads or writes of the image are contiguous.
 template <class T>
 __global__ void __launch_bounds__(kElementThreads) move_patches_kernel(Patches p, bool to_rows) {
+  await_predecessor();
   const int64_t i = element_of_thread(), values = p.channels * p.patch * p.patch;
   if (i >= p.rows.rows * values) return;
   if (i >= p.layout.total() * values) {  // spare rows; the image has none
@@ -37,6 +38,7 @@ void move_patches(const char* name, const Patches& p, bool to_rows, const Execut
 // The few values are computed in double and rounded once, as on the CPU: t w reaches 1000.
 template <class T>
 __global__ void __launch_bounds__(kElementThreads) timestep_kernel(TimestepEmbedding p) {
+  await_predecessor();
   const int64_t half = p.out.cols / 2, i = element_of_thread() % half, b = element_of_thread() / half;
   if (b >= p.out.rows) return;
   const float exponent = -9.2103404f * float(i) / float(half);  // -ln 10000
@@ -48,6 +50,7 @@ __global__ void __launch_bounds__(kElementThreads) timestep_kernel(TimestepEmbed
 
 template <class T>
 __global__ void __launch_bounds__(kElementThreads) add_labels_kernel(LabelEmbedding p) {
+  await_predecessor();
   const int64_t i = element_of_thread();
   if (i >= p.x.rows * p.x.cols) return;
   const int64_t b = i / p.x.cols, column = i % p.x.cols, label = p.labels[b];
@@ -59,6 +62,7 @@ __global__ void __launch_bounds__(kElementThreads) add_labels_kernel(LabelEmbedd
 // One row of threads per label, which looks for its samples: no atomics, and rows without samples become zero.
 template <class T, int V>
 __global__ void __launch_bounds__(kRowThreads) label_gradients_kernel(LabelEmbeddingBackward p) {
+  await_predecessor();
   const int64_t label = row_of_thread<V>();
   const int cols = int(p.grad_table.cols);
   if (label >= p.grad_table.rows) return;
@@ -93,8 +97,8 @@ void timestep_embedding(const TimestepEmbedding& p, const Execution& exec) {
 
 void label_embedding(const LabelEmbedding& p, const Execution& exec) {
   with_type(p.x.dtype, [&](auto tag) {
-    launch({"label_embedding", p.x.rows, p.x.cols}, add_labels_kernel<decltype(tag)>, element_blocks(p.x.rows * p.x.cols),
-           kElementThreads, 0, exec, p);
+    launch({"label_embedding", p.x.rows, p.x.cols}, add_labels_kernel<decltype(tag)>,
+           element_blocks(p.x.rows * p.x.cols), kElementThreads, 0, exec, p);
   });
 }
 

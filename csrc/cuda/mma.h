@@ -66,7 +66,10 @@ template <int kMatrices, bool kTransposed>
 void load_matrices(uint32_t* words, const void* row) {
   const unsigned lane = emulator::lane_id();
   const unsigned char* rows = emulator::warp_exchange(&row, sizeof row, kAllLanes, "ldmatrix");
-  if (reinterpret_cast<uintptr_t>(row) % 16 && lane < 8 * kMatrices) emulator::fail("ldmatrix of an unaligned row");
+  if (lane < 8 * kMatrices) {
+    if (reinterpret_cast<uintptr_t>(row) % 16) emulator::fail("ldmatrix of an unaligned row");
+    emulator::check_shared(row, 16, "ldmatrix");
+  }
   for (unsigned i = 0; i < kMatrices; ++i) {
     const auto at = [&](unsigned r) {
       const unsigned char* address;

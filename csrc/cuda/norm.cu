@@ -55,6 +55,7 @@ struct NormBackwardRows {
 // grad_x = rstd (g - mean(g) - xhat mean(g xhat)) + residual, with g = incoming (1 + scale).
 template <class T, int V>
 __global__ void __launch_bounds__(kRowThreads) norm_backward_kernel(NormBackwardRows p) {
+  await_predecessor();
   const int64_t r = row_of_thread<V>();
   const int cols = int(p.x.cols);
   if (r >= p.grad_x.rows) return;
@@ -203,6 +204,7 @@ constexpr int kMeanRows = kMeanThreads<V> / kRowLanes<V>;  // rows under way at 
 // A block per sample. Each warp normalises every 16th row in its registers and adds it up there: x is read once.
 template <class T, int V>
 __global__ void __launch_bounds__(kMeanThreads<V>) modulated_mean_kernel(ModulatedMean p, float eps) {
+  await_predecessor();
   FLEXDIT_DYNAMIC_SHARED(bytes);
   float* part = reinterpret_cast<float*>(bytes);  // [kMeanRows][C]
   const int64_t sample = blockIdx.x, begin = p.layout.offset(sample), end = p.layout.offset(sample + 1);

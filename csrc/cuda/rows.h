@@ -124,6 +124,7 @@ constexpr int least_blocks() {
 template <class T, int V, class Source>
 __global__ void __launch_bounds__(kRowThreads, least_blocks<Source>())
     rows_kernel(TokenLayout layout, Source source, Matrix out, Norm norm, int64_t rows, int cols) {
+  await_predecessor();
   const int64_t r = row_of_thread<V>();
   if (r >= rows) return;
   if (r >= layout.total()) {

@@ -33,6 +33,7 @@ __device__ __forceinline__ float mix(float a, float b, float w) {
 
 // A thread per four values, which come from the same words.
 __global__ void __launch_bounds__(kElementThreads) noise_kernel(NormalNoise p) {
+  await_predecessor();
   const int64_t blocks = ceil_divide(p.out.cols, 4), b = element_of_thread() / blocks;
   const int64_t block = element_of_thread() % blocks;
   if (b >= p.out.rows) return;
@@ -78,6 +79,7 @@ __device__ __forceinline__ float output_value(const DenoiseStep& p, const Place&
 
 template <class T>
 __global__ void __launch_bounds__(kElementThreads) denoise_kernel(DenoiseStep p) {
+  await_predecessor();
   const int64_t i = element_of_thread(), area = p.patch * p.patch;
   if (i >= p.layout.total() * p.channels * area) return;
   const Place at = place_of(p.layout, i, p.channels, area);
@@ -105,6 +107,7 @@ __global__ void __launch_bounds__(kElementThreads) denoise_kernel(DenoiseStep p)
 
 template <class T>
 __global__ void __launch_bounds__(kElementThreads) model_input_kernel(ModelInput p) {
+  await_predecessor();
   const int64_t i = element_of_thread(), area = p.patch * p.patch, values = p.channels * area;
   if (i >= p.rows * values) return;
   float value = 0;  // of spare rows
@@ -119,6 +122,7 @@ __global__ void __launch_bounds__(kElementThreads) model_input_kernel(ModelInput
 
 template <class T>
 __global__ void __launch_bounds__(kElementThreads) guidance_kernel(Matrix images, int64_t guided, float scale) {
+  await_predecessor();
   const int64_t half = images.rows / 2, b = element_of_thread() / guided, i = element_of_thread() % guided;
   if (b >= half) return;
   T *cond = row<T>(images, b) + i, *uncond = row<T>(images, half + b) + i;
@@ -127,6 +131,7 @@ __global__ void __launch_bounds__(kElementThreads) guidance_kernel(Matrix images
 
 template <class T, int V>
 __global__ void __launch_bounds__(kElementThreads) gather_rows_kernel(GatherRows p) {
+  await_predecessor();
   const int64_t per_row = p.out.cols / V, b = element_of_thread() / per_row;
   const int64_t column = element_of_thread() % per_row * V;
   if (b >= p.out.rows) return;

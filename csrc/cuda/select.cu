@@ -39,6 +39,7 @@ __device__ __forceinline__ int prefix_sum(int x, int* total) {
 
 __global__ void __launch_bounds__(kThreads)
     select_kernel(const double* t, int64_t batch, const __grid_constant__ Segments segments, LayoutRow* table) {
+  await_predecessor();
   int offset = 0;
   for (int64_t first = 0; first < batch; first += kThreads) {
     const int64_t b = first + threadIdx.x;

@@ -125,6 +125,7 @@ struct PooledRows {
 
 template <class T, int V, class Kind>
 __global__ void __launch_bounds__(kRowThreads, 3) box_sums_kernel(Boxes p, Matrix to, bool accumulate) {
+  await_predecessor();
   const int64_t r = row_of_thread<V>();
   const int cols = int(to.cols);
   const TokenLayout& layout = Kind::kToDense ? p.dense : p.sparse;

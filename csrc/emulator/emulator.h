@@ -2,7 +2,8 @@
 // block. What it catches, as emulator::Error with the kernel and the thread:
 //  - divergence: a thread that exits, or waits elsewhere, while others wait at a __syncthreads or in a warp operation;
 //  - warp operations whose mask lacks the caller, or that read a lane outside the mask;
-//  - writes behind a shared array (canaries; at once under AddressSanitizer, which sees the gaps as poisoned);
+//  - writes beyond a shared array (canaries, which read as NaN; at once under AddressSanitizer, which sees the gaps as
+//    poisoned), and copies or ldmatrix rows outside of one, at once;
 //  - launches that a GPU would refuse.
 // Shared memory starts as 0xFF bytes at every block, so that reading what nobody wrote gives NaN. Asynchronous copies
 // arrive when they are waited for, not before. Each warp runs as far as it can before the next one starts, and
@@ -59,6 +60,10 @@ void run(const Configuration& configuration, const std::function<void()>& body);
 void submit(std::function<void()> work);
 void record(std::vector<std::function<void()>>* list);  // null: no longer
 
+// A thread waits for the kernel before its own; expect_awaited fails for one that has not.
+void await_predecessor();
+void expect_awaited();
+
 constexpr size_t kMaxLaneBytes = 128;
 constexpr uint32_t kFullMask = 0xffffffffu;
 const unsigned char* warp_exchange(const void* value, size_t bytes, uint32_t mask = kFullMask,
@@ -69,6 +74,7 @@ unsigned lane_id();
 void barrier(const char* file, int line);
 unsigned char* dynamic_shared();
 void* static_shared(const void* key, size_t bytes);  // the same memory for the same key within a block
+void check_shared(const void* address, size_t bytes, const char* operation);  // that they lie in one shared array
 
 void copy_async(void* shared, const void* global, size_t bytes, bool valid);  // zeros when not valid
 void commit_copies();
@@ -84,7 +90,7 @@ T read_lane(const unsigned char* values, uint32_t mask, unsigned lane) {
 
 }  // namespace emulator
 
-inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+constinit inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   emulator::barrier(file, line);

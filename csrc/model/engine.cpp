@@ -9,6 +9,7 @@ namespace flexdit {
 namespace {
 
 constexpr size_t kMaxPlans = 32;
+constexpr int64_t kMaxPositionRows = 1 << 14;  // of tables that may be wanted again
 
 // DiT's fixed sin-cos embedding of a grid: half of the columns for x, half for y, each as sines and cosines of
 // w_i = 10000^(-i / (C / 4)). Source: DiT (after MAE), arXiv 2212.09748.
@@ -66,41 +67,41 @@ void Engine::arrange(std::vector<Occupant> occupants) {
   occupants_ = std::move(occupants);
 }
 
-// Room for every step that these could take, so that memory moves when somebody enters and not later.
+// Room for every step that these could take, so that memory moves when somebody enters and not later. A buffer is given
+// back before its larger one is asked for, so a failure may leave some empty: then the next step begins here.
 void Engine::reserve_model(const std::vector<Occupant>& occupants) {
   const Config& c = prepared_.config;
   Plan plan;
   plan.samples = static_cast<int64_t>(occupants.size()), plan.passes = 2 * plan.samples;
-  int64_t values = 0;
+  int64_t values = 0, values_before = 0;
   for (const Occupant& o : occupants) plan.rows += o.dense.tokens(), values += values_of(o.dense);
+  for (const Occupant& o : occupants_) values_before += values_of(o.dense);
   plan.model_rows = 2 * plan.rows, plan.sparse_rows = c.num_sdtm ? plan.model_rows : 0;
-  const ModelForward p = forward_of(plan);
   const int64_t size = size_of(prepared_.dtype), state = values * size_of(state_);
   const int64_t output = plan.model_rows * c.out_channels * patch_area_ * size;
   const int64_t modulation = plan.passes * model_modulation_columns(c) * size;
   const int64_t block = plan.samples * int64_t{sizeof(StepNumbers)} + plan.passes * int64_t{sizeof(void*)};
   bool moved = false;
-  const auto reserve = [&](Buffer& buffer, int64_t bytes) {
-    if (buffer.data() && bytes <= buffer.bytes()) return;
-    buffer = Buffer(), moved = true;
-    buffer = Buffer(bytes, exec_);
-  };
+  const auto reserve = [&](Buffer& buffer, int64_t bytes) { moved |= buffer.reserve(bytes, exec_); };
   // States move with their contents; the rest holds nothing between steps.
-  for (Buffer* buffer : {&x_, &x0_}) {
-    if (buffer->data() && state <= buffer->bytes()) continue;
+  const auto extend = [&](Buffer& buffer) {
+    if (buffer.data() && state <= buffer.bytes()) return;
     Buffer larger(state, exec_);
-    if (buffer->data()) copy_bytes(larger.data(), buffer->data(), buffer->bytes(), exec_);
+    if (buffer.data()) copy_bytes(larger.data(), buffer.data(), buffer.bytes(), exec_);
     synchronize(exec_);
-    *buffer = std::move(larger), moved = true;
-  }
+    buffer = std::move(larger), moved = true;
+  };
+  reserved_ = false;
   try {
-    reserve(spare_, state), reserve(input_, 2 * values * size), reserve(output_, output);
+    extend(x_), extend(x0_), reserve(spare_, std::max(state, values_before * size_of(state_)));
+    reserve(input_, 2 * values * size), reserve(output_, output);
     reserve(modulation_, modulation), reserve(block_, block);
-    reserve(workspace_, model_workspace_bytes(p, false));
+    reserve(workspace_, model_workspace_bytes(forward_of(plan), false));
   } catch (...) {
     forget_graphs();
     throw;
   }
+  reserved_ = true;
   if (moved) forget_graphs();
 }
 
@@ -108,19 +109,23 @@ void Engine::forget_graphs() {
   for (Plan& plan : plans_) plan.work.forget();
 }
 
-// Tables of sizes that were not there before; true if all tables have moved.
+// Tables of sizes that were not there before; true if all tables have moved. Those that nobody here has stay as long as
+// there is little of them, whatever sizes come by.
 bool Engine::add_positions(const std::vector<Occupant>& occupants) {
   const int64_t c = prepared_.config.hidden, row_bytes = c * size_of(prepared_.dtype);
   std::vector<Grid> sizes;
-  const auto add = [&](const Grid& grid) {
-    if (std::find(sizes.begin(), sizes.end(), grid) == sizes.end()) sizes.push_back(grid);
-  };
-  for (const auto& known : position_rows_) add(known.first);
-  const size_t known = sizes.size();
-  for (const Occupant& o : occupants) add(o.dense);
-  if (sizes.size() == known) return false;
   int64_t rows = 0;
-  for (const Grid& grid : sizes) rows += grid.tokens();
+  const auto add = [&](const Grid& grid) {
+    if (std::find(sizes.begin(), sizes.end(), grid) == sizes.end()) sizes.push_back(grid), rows += grid.tokens();
+  };
+  const auto known = [&](const Grid& grid) {
+    return std::any_of(position_rows_.begin(), position_rows_.end(), [&](const auto& k) { return k.first == grid; });
+  };
+  for (const Occupant& o : occupants) add(o.dense);
+  if (std::all_of(sizes.begin(), sizes.end(), known)) return false;
+  for (const Occupant& o : occupants_) add(o.dense);
+  for (const auto& [grid, row] : position_rows_)
+    if (rows + grid.tokens() <= kMaxPositionRows) add(grid);
   Buffer tables(rows * row_bytes, exec_);
   std::vector<std::pair<Grid, int32_t>> places;
   int64_t row = 0;
@@ -291,6 +296,7 @@ void Engine::run(const Plan& plan, const Execution& exec) {
 
 void Engine::step(std::span<const StepOrder> orders) {
   if (orders.empty()) return;
+  if (!reserved_) reserve_model(occupants_);
   Key key;
   Block block;
   int32_t passes = static_cast<int32_t>(orders.size());

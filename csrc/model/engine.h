@@ -32,7 +32,7 @@ class Engine {
   // Who is in the batch, in this order: those that are new start from noise, those not listed are gone. When memory for
   // them is not to be had it throws, and everybody is as before.
   void arrange(std::vector<Occupant> occupants);
-  // One order for every occupant.
+  // One order for every occupant. Throws when memory that a failed arrange() gave back is not to be had again.
   void step(std::span<const StepOrder> orders);
   // Waits for the steps so far and gives an occupant's image [channels, H, W].
   std::vector<double> read(int64_t id);
@@ -66,6 +66,7 @@ class Engine {
   std::vector<Occupant> occupants_;
   Buffer x_, x0_, spare_;  // packed states; spare_ while they move
   Buffer input_, output_, modulation_, workspace_, block_;
+  bool reserved_ = false;  // all of these are there
   Buffer positions_;
   std::vector<std::pair<Grid, int32_t>> position_rows_;  // where each size's table begins
   int64_t position_count_ = 0;

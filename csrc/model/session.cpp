@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <deque>
 #include <mutex>
 #include <string>
@@ -12,9 +13,9 @@ namespace flexdit {
 namespace {
 
 std::string text(double value) {
-  std::string s = std::to_string(value);
-  if (s.find('.') != std::string::npos) s.erase(s.find_last_not_of('0') + 1);
-  return s.back() == '.' ? s + "0" : s;
+  char out[32];
+  std::snprintf(out, sizeof out, "%g", value);
+  return out;
 }
 
 // Rows of model_modulation for some steps of a request; requests that were computed together share the table.
@@ -43,7 +44,7 @@ struct Active {
 class Session::Implementation {
  public:
   Implementation(std::shared_ptr<const SamplingModel> model, const SessionOptions& options)
-      : model_(std::move(model)),
+      : model_(given(std::move(model))),
         prepared_(model_->prepared()),
         options_(checked(options)),
         engine_(model_, options.guided_channels ? options.guided_channels
@@ -80,7 +81,7 @@ class Session::Implementation {
       admit();
       if (!active_.empty()) advance();
     } catch (const std::exception& error) {
-      fail_all(error.what());
+      fail_all(reason(error));
       throw;
     }
     const std::lock_guard lock(mutex_);
@@ -124,6 +125,11 @@ class Session::Implementation {
     if (!holds) throw ArgumentError(message);
   }
 
+  static std::shared_ptr<const SamplingModel> given(std::shared_ptr<const SamplingModel> model) {
+    require(model != nullptr, "model is missing");
+    return model;
+  }
+
   const SessionOptions& checked(const SessionOptions& o) const {
     const int64_t channels = prepared_.config.in_channels;
     require(o.max_batch >= 1, "max_batch is " + std::to_string(o.max_batch) + ", must be at least 1");
@@ -131,6 +137,8 @@ class Session::Implementation {
     require(o.guided_channels >= 0 && o.guided_channels <= channels,
             "guided_channels is " + std::to_string(o.guided_channels) + ", must lie in [0, " +
                 std::to_string(channels) + "]");
+    require(o.modulation_bytes >= 0,
+            "modulation_bytes is " + std::to_string(o.modulation_bytes) + ", must be at least 0");
     return o;
   }
 
@@ -176,7 +184,6 @@ class Session::Implementation {
 
   // Takes cancelled requests out and lets queued ones in. Who does not fit fails alone.
   void admit() {
-    std::vector<Active> entering;
     size_t staying;
     {
       const std::lock_guard lock(mutex_);
@@ -193,27 +200,41 @@ class Session::Implementation {
     }
     try {
       arrange();
-      return;
     } catch (const std::exception&) {
       if (active_.size() == staying) throw;
+      admit_singly(staying);
     }
-    // One by one, so that only those fail for whom there is no room.
+  }
+
+  // One by one, so that only those fail for whom there is no room.
+  void admit_singly(size_t staying) {
+    std::deque<Active> entering;
     for (size_t i = staying; i < active_.size(); ++i) entering.push_back(std::move(active_[i]));
     set_active(staying);
-    arrange();
-    for (Active& one : entering) {
-      {
-        const std::lock_guard lock(mutex_);
-        active_.push_back(std::move(one));
-      }
+    const auto let_in = [&] {
+      const std::lock_guard lock(mutex_);
+      active_.push_back(std::move(entering.front()));
+      entering.pop_front();
+    };
+    try {
+      arrange();  // those who have left
+    } catch (...) {
+      while (!entering.empty()) let_in();  // they fail with the rest
+      throw;
+    }
+    while (!entering.empty()) {
+      let_in();
       try {
         arrange();
       } catch (const std::exception& error) {
-        fail(active_.back().id, error.what());
+        fail(active_.back(), reason(error));
         set_active(active_.size() - 1);
-        arrange();
       }
     }
+  }
+
+  static std::string reason(const std::exception& error) {
+    return dynamic_cast<const std::bad_alloc*>(&error) ? "not enough memory" : error.what();
   }
 
   void set_active(size_t count) {
@@ -341,23 +362,16 @@ class Session::Implementation {
     }
   }
 
-  void fail(int64_t id, const std::string& why) {
+  void fail(const Active& a, const std::string& why) {
     const std::lock_guard lock(mutex_);
-    const auto state = states_.find(id);
-    if (state == states_.end()) return;  // cancelled
+    const auto state = states_.find(a.id);
+    if (state == states_.end()) return;
     state->second = RequestState::failed;
-    finished_[id] = {.id = id, .channels = 0, .height = 0, .width = 0, .image = {}, .error = why};
+    finished_[a.id] = {a.id, prepared_.config.in_channels, a.request.height, a.request.width, {}, why};
   }
 
-  // All that are active, those too that were on their way in.
   void fail_all(const std::string& why) {
-    std::vector<int64_t> ids;
-    {
-      const std::lock_guard lock(mutex_);
-      for (const auto& [id, state] : states_)
-        if (state == RequestState::active) ids.push_back(id);
-    }
-    for (const int64_t id : ids) fail(id, why);
+    for (const Active& a : active_) fail(a, why);
     set_active(0);
   }
 

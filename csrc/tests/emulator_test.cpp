@@ -1,4 +1,6 @@
 // The emulator: what a correct kernel computes, and every mistake that it promises to catch.
+#include <algorithm>
+
 #include "check.h"
 #include "cuda/device.h"
 #include "message_of.h"
@@ -36,12 +38,14 @@ std::string error_of(void (*kernel)(Parameters...), dim3 block, size_t shared_by
 bool has(const std::string& text, const char* part) { return text.find(part) != std::string::npos; }
 
 __global__ void indices(unsigned* out) {
+  await_predecessor();
   const unsigned thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
   const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
   out[block * blockDim.x * blockDim.y * blockDim.z + thread] += 1 + thread + 1000 * block;
 }
 
 __global__ void reverse(const float* in, float* out) {
+  await_predecessor();
   FLEXDIT_SHARED(float, one, [256]);
   FLEXDIT_DYNAMIC_SHARED(bytes);
   float* other = reinterpret_cast<float*>(bytes);
@@ -53,6 +57,7 @@ __global__ void reverse(const float* in, float* out) {
 }
 
 __global__ void shuffles(float* sums, int* out) {
+  await_predecessor();
   const int lane = static_cast<int>(threadIdx.x % 32);
   sums[threadIdx.x] = warp_sum(static_cast<float>(threadIdx.x));
   int* mine = out + threadIdx.x * 6;
@@ -71,12 +76,14 @@ __global__ void shuffles(float* sums, int* out) {
 }
 
 __global__ void exchange_values(unsigned char* out) {
+  await_predecessor();
   const unsigned char mine[3] = {static_cast<unsigned char>(threadIdx.x), 1, 2};
   const unsigned char* all = emulator::warp_exchange(mine, 3);
   for (int lane = 0; lane < 32; ++lane) out[threadIdx.x * 32 + lane] = all[lane * 3] + all[lane * 3 + 2];
 }
 
 __global__ void copies(const float* in, float* out, bool waits) {
+  await_predecessor();
   FLEXDIT_SHARED(float, a, [2][128]);
   const int at = static_cast<int>(threadIdx.x) * 4;
   copy_async16(&a[0][at], in + at);
@@ -90,41 +97,68 @@ __global__ void copies(const float* in, float* out, bool waits) {
 }
 
 __global__ void exits_early() {
+  await_predecessor();
   if (threadIdx.x == 33) return;
   __syncthreads();
 }
 __global__ void two_barriers() {
+  await_predecessor();
   if (threadIdx.x < 32)
     __syncthreads();
   else
     __syncthreads();
 }
 __global__ void uneven_loop() {
+  await_predecessor();
   for (unsigned i = 0; i < 1 + threadIdx.x / 32; ++i) __syncthreads();
 }
 __global__ void shuffle_or_barrier() {
+  await_predecessor();
   if (threadIdx.x % 2)
     __syncthreads();
   else
     __shfl_xor_sync(kAllLanes, 1, 1);
 }
 __global__ void shuffle_without_some() {
+  await_predecessor();
   if (threadIdx.x != 9) __shfl_xor_sync(kAllLanes, 1, 1);
 }
-__global__ void shuffle_wrong_mask() { __shfl_xor_sync(0x0000fffeu, 1, 1); }
+__global__ void shuffle_wrong_mask() {
+  await_predecessor(); __shfl_xor_sync(0x0000fffeu, 1, 1); }
 __global__ void shuffle_outside_mask() {
+  await_predecessor();
   if (threadIdx.x < 16) __shfl_sync(0x0000ffffu, 1, 20);
 }
-__global__ void different_masks() { __shfl_sync(threadIdx.x < 16 ? 0xffffffffu : 0xffff0000u, 1, 20); }
+__global__ void different_masks() {
+  await_predecessor(); __shfl_sync(threadIdx.x < 16 ? 0xffffffffu : 0xffff0000u, 1, 20); }
 __global__ void overruns(int64_t at) {
+  await_predecessor();
   FLEXDIT_DYNAMIC_SHARED(bytes);
   if (threadIdx.x == 1) bytes[at] = 1;
 }
 __global__ void overruns_static(int at) {
+  await_predecessor();
   FLEXDIT_SHARED(float, values, [8]);
   if (threadIdx.x == 1) *(&values[0] + at) = 1;
 }
+#ifndef __SANITIZE_ADDRESS__  // which stops it
+__global__ void reads_beyond(float* out) {
+  await_predecessor();
+  FLEXDIT_SHARED(float, values, [32]);
+  values[threadIdx.x] = 1;
+  __syncthreads();
+  out[threadIdx.x] = *(&values[0] + threadIdx.x + 1);
+}
+#endif
+__global__ void copies_beyond(const float* in, int at) {
+  await_predecessor();
+  FLEXDIT_DYNAMIC_SHARED(bytes);
+  copy_async16(bytes + at, in);
+}
+__global__ void counts(int* counter, int* before) {
+  await_predecessor(); before[threadIdx.x] = atomicAdd(counter, 2); }
 __global__ void reads_uninitialised(float* out) {
+  await_predecessor();
   FLEXDIT_SHARED(float, values, [64]);
   if (threadIdx.x < 63) values[threadIdx.x] = 1;
   __syncthreads();
@@ -133,6 +167,7 @@ __global__ void reads_uninitialised(float* out) {
   out[threadIdx.x] = sum;
 }
 __global__ void misses_barrier(float* out) {
+  await_predecessor();
   FLEXDIT_SHARED(float, values, [64]);
   values[threadIdx.x] = static_cast<float>(threadIdx.x);
   out[threadIdx.x] = values[63 - threadIdx.x];
@@ -229,6 +264,31 @@ TEST_CASE(writes_outside_shared_memory_are_errors) {
   CHECK(catches_write(overruns, int64_t{-1}));
   CHECK(error_of(overruns_static, 32, 100, 7).empty());
   CHECK(catches_write(overruns_static, 8));
+}
+
+TEST_CASE(copies_outside_shared_memory_are_errors) {
+  alignas(16) const float in[4] = {};
+  CHECK(error_of(copies_beyond, 32, 128, in, 112).empty());
+  CHECK(has(error_of(copies_beyond, 32, 128, in, 128), "asynchronous copy outside of shared memory"));
+  CHECK(has(error_of(copies_beyond, 32, 120, in, 112), "asynchronous copy outside of shared memory"));
+  CHECK(has(error_of(copies_beyond, 32, 128, in, -16), "asynchronous copy outside of shared memory"));
+}
+
+#ifndef __SANITIZE_ADDRESS__
+TEST_CASE(what_lies_beyond_shared_memory_is_nan) {
+  std::vector<float> out(32);
+  start(reads_beyond, 1, 32, 0, out.data());
+  CHECK(out[30] == 1 && std::isnan(out[31]));
+}
+#endif
+
+TEST_CASE(atomics) {
+  int counter = 5;
+  std::vector<int> before(64);
+  start(counts, 1, 64, 0, &counter, before.data());
+  CHECK_EQ(counter, 5 + 2 * 64);
+  std::sort(before.begin(), before.end());
+  for (int i = 0; i < 64; ++i) CHECK_EQ(before[size_t(i)], 5 + 2 * i);
 }
 
 TEST_CASE(uninitialised_shared_memory_is_nan) {
