@@ -1,41 +1,97 @@
-"""The command line: `flexdit info`, also as `python -m flexdit_ext info`."""
+"""The command line: `flexdit sample`, `flexdit bench` and `flexdit info`, also as `python -m flexdit_ext ...`."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import platform
 import sys
 
 import torch
 
-from . import _C, __version__
+from . import _C, __version__, _cli_bench, _cli_sample
 
 
 def information() -> list[tuple[str, str]]:
     """Versions, what was built, what was found."""
     build = _C.build_info()
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none visible to torch"
     return [
         ("flexdit_ext", __version__),
         ("Python", platform.python_version()),
-        ("torch", torch.__version__),
+        ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"),
         ("compiled by", build["compiler"]),
         ("CPU backend", f"built, instruction set {build['instruction_set']}, oneDNN {build['onednn']}"),
         ("CUDA backend", f"built for {build['cuda']}" if build["cuda"] else "not built"),
-        ("GPU", gpu),
+        *_gpus(),
         ("threads", f"{torch.get_num_threads()} (torch), {build['openmp_threads']} (OpenMP)"),
         ("machine", f"{platform.machine()}, torch sees {torch.backends.cpu.get_cpu_capability()}"),
     ]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="flexdit", description="FlexDiT diffusion transformers")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="print versions, what was built and what was found")
-    parser.parse_args(arguments)
-    for name, value in information():
-        print(f"{name:14} {value}")
+def _gpus() -> list[tuple[str, str]]:
+    if not torch.cuda.is_available():
+        return [("GPU", "none visible to torch")]
+    rows = []
+    for i in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(i)
+        memory = f"{found.total_memory / 2**30:.0f} GiB"
+        rows.append((f"GPU {i}", f"{found.name}, compute capability {found.major}.{found.minor}, {memory}"))
+    return rows
+
+
+def _print_information(arguments: argparse.Namespace) -> int:
+    rows = information()
+    print(json.dumps(dict(rows), indent=2) if arguments.json else "\n".join(f"{name:14} {it}" for name, it in rows))
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="flexdit", description="FlexDiT diffusion transformers", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"flexdit_ext {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, help, module in (
+        ("sample", "draw images from a checkpoint", _cli_sample),
+        ("bench", "measure the installed build on this machine", _cli_bench),
+    ):
+        command = commands.add_parser(
+            name,
+            help=help,
+            description=module.DESCRIPTION,
+            epilog=module.EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    info = commands.add_parser("info", help="print versions, what was built and what was found", allow_abbrev=False)
+    info.add_argument("--json", action="store_true", help="print them as JSON")
+    info.set_defaults(run=_print_information)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command and returns its exit code: 0, 1 when it failed, 130 when it was interrupted. Wrong use exits
+    with 2, as argparse does."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        return parsed.run(parsed)
+    except KeyboardInterrupt:
+        print("flexdit: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
+        print(f"flexdit {parsed.command}: error: {_one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def _one_line(error: Exception) -> str:
+    message = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(message.split()) or type(error).__name__
 
 
 if __name__ == "__main__":

@@ -87,6 +87,7 @@ class Sampler:
         seed: int | Sequence[int] = 0,
         *,
         eta: float = 0.0,
+        size: tuple[int, int] | None = None,
         grid=None,
         guidance_interval: tuple[float, float] | None = None,
         guidance_channels: int | str | None = None,
@@ -96,14 +97,15 @@ class Sampler:
         progress: bool = False,
     ) -> Tensor:
         """Latents [B, C, H, W] for the labels y, on the sampler's device, in its dtype. Arguments as
-        flexdit_ext.sample."""
+        flexdit_ext.sample, and size as Session.add."""
         labels = check_labels(y, self.config)
         total = len(labels)
         scales = check_cfg_scale(cfg_scale, total, self.config)
         seeds = check_seeds(seed, check_int("start_index", start_index, 0, 2**62), total)
+        size = None if size is None else _check_size(size, self.config)
         grids = check_grids(grid, total)
         for name, one in _named_grids(grids):
-            self.config.check_sparse_grid(name, one)
+            _check_sparse_grid(name, one, size, self.config)
         batch_size = total if batch_size is None else check_int("batch_size", batch_size, 1, 2**31 - 1)
         table = _table(self.config, sampler, steps, eta, clip_x0)
         interval = check_interval(guidance_interval)
@@ -111,7 +113,7 @@ class Sampler:
         def request(i: int) -> tuple:
             scale = 1.0 if scales is None else float(scales[i])
             sparse = grids[i] if isinstance(grids, list) else grids
-            return int(labels[i]), seeds[i], table, scale, interval, None, sparse, clip_x0
+            return int(labels[i]), seeds[i], table, scale, interval, size, sparse, clip_x0
 
         passes = math.ceil(total / batch_size) * len(table)
         with self._lock, progress_bar(progress, passes) as tick:
@@ -189,7 +191,7 @@ class Session:
         config = self._config
         size = None if size is None else _check_size(size, config)
         if grid is not None:
-            grid = _check_sparse_grid(check_grid("grid", grid), size, config)
+            grid = _check_sparse_grid("grid", check_grid("grid", grid), size, config)
         scales = check_cfg_scale(cfg_scale, 1, config)
         return self._add(
             check_int("label", label, 0, config.num_classes - (0 if config.class_dropout_prob > 0 else 1)),
@@ -282,14 +284,14 @@ def _check_size(size, config) -> tuple[int, int]:
     return size
 
 
-def _check_sparse_grid(grid: Grid, size: tuple[int, int] | None, config) -> Grid:
+def _check_sparse_grid(name: str, grid: Grid, size: tuple[int, int] | None, config) -> Grid:
     """Within the dense grid of an image of that size."""
     if size is None:
-        return config.check_sparse_grid("grid", grid)
+        return config.check_sparse_grid(name, grid)
     dense = tuple(side // config.patch_size for side in size)
     frames, height, width = (1, *grid)[-3:]
     if frames != 1 or height > dense[0] or width > dense[1]:
-        raise ValueError(f"grid is {grid}, at most the dense grid {dense} of size {size} is allowed")
+        raise ValueError(f"{name} is {grid}, at most the dense grid {dense} of size {size} is allowed")
     return grid
 
 

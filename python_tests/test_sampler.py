@@ -358,6 +358,9 @@ def test_usable_after_an_interruption(interruption, monkeypatch):
     ({"grid": (7, 6)}, ValueError, r"grid has the sparse grid \(7, 6\), at most the dense grid \(6, 6\)"),
     ({"grid": [(1, 1), (2, 2), (6, 7)]}, ValueError, r"grid\[2\]"),
     ({"grid": (2, 2, 2)}, ValueError, "grid"),
+    ({"size": (12, 13)}, ValueError, r"size is \(12, 13\), must be \(height, width\): multiples of the patch size 2"),
+    ({"size": 12}, TypeError, "size"),
+    ({"size": (8, 8), "grid": (5, 4)}, ValueError, r"grid is \(5, 4\), at most the dense grid \(4, 4\)"),
     ({"guidance_interval": (5, 1)}, ValueError, "guidance_interval"),
     ({"guidance_interval": 5}, TypeError, "guidance_interval"),
     ({"guidance_interval": (0, math.inf)}, ValueError, r"guidance_interval\[1\]"),
@@ -392,5 +395,5 @@ def test_guidance_needs_a_null_class():
 
 def test_a_longer_process_than_the_schedules_is_refused():
     short_schedule = Sampler(model_of(schedule=DensitySchedule([(2, 2)], num_timesteps=500)))
-    with pytest.raises(ValueError, match=r"timestep is 999\.0, must lie in \[0, 500\.0\]"):
+    with pytest.raises(ValueError, match=r"timestep is 999, must lie in \[0, 500\]"):
         short_schedule.sample([1], 5)

@@ -138,9 +138,10 @@ def test_company_in_other_dtypes(dtype):
 
 def test_the_image_is_samples():
     session = sampler_of().session()
-    key = session.add(3, 5, "ddpm", 2.0, 77, guidance_interval=(100, 900))
+    key = session.add(3, 5, "ddpm", 2.0, 77, guidance_interval=(100, 900), size=(8, 16))
     assert run_out(session) == 5
-    assert same(session.take(key), sampler_of().sample([3], 5, "ddpm", 2.0, 77, guidance_interval=(100, 900))[0])
+    images = sampler_of().sample([3, 2], 5, "ddpm", 2.0, 77, guidance_interval=(100, 900), size=(8, 16))
+    assert images.shape == (2, 4, 8, 16) and same(session.take(key), images[0])
 
 
 def test_thirty_three_compositions_and_back():
@@ -279,14 +280,15 @@ def test_a_request_without_room_fails_alone():
         session.take(huge)
     assert session.state(huge) == "unknown" and session.take(huge) is None
 
-    again = session.add(2, 3, size=(4096, 4096))
+    early = session.add(1, 3)
+    session.step()
+    again = session.add(2, 3, size=(4096, 4096))  # and nobody after it
     with address_space(200 << 20):
         session.step()
     (error,) = session.take().values()
     assert isinstance(error, RuntimeError) and session.state(again) == "unknown"
-    key = session.add(1, 3)
     run_out(session)
-    assert same(session.take(key), alone(label=1, steps=3))
+    assert same(session.take(early), alone(label=1, steps=3))
 
 
 GOOD = {"label": 1, "steps": 2}
