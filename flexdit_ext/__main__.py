@@ -1,4 +1,4 @@
-"""The command line: `flexdit sample`, `flexdit bench` and `flexdit info`, also as `python -m flexdit_ext ...`."""
+"""The command line: `flexdit sample`, `bench`, `convert` and `info`, also as `python -m flexdit_ext ...`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from . import _C, __version__, _cli_bench, _cli_sample
+from . import _C, __version__, cli_bench, cli_convert, cli_sample
 
 
 def information() -> list[tuple[str, str]]:
@@ -46,34 +46,25 @@ def _print_information(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="flexdit", description="FlexDiT diffusion transformers", allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"flexdit_ext {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, help, module in (
-        ("sample", "draw images from a checkpoint", _cli_sample),
-        ("bench", "measure the installed build on this machine", _cli_bench),
-    ):
-        command = commands.add_parser(
-            name,
-            help=help,
-            description=module.DESCRIPTION,
-            epilog=module.EPILOG,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
-    info = commands.add_parser("info", help="print versions, what was built and what was found", allow_abbrev=False)
-    info.add_argument("--json", action="store_true", help="print them as JSON")
-    info.set_defaults(run=_print_information)
-    return parser
+class _Parser(argparse.ArgumentParser):
+    """Wrong use is one line on stderr, exit code 2."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0, 1 when it failed, 130 when it was interrupted. Wrong use exits
-    with 2, as argparse does."""
-    parsed = _parser().parse_args(arguments)
+    """Runs a command and returns its exit code: 0, 2 for what could not be done, 130 when interrupted. What argparse
+    refuses raises SystemExit(2)."""
+    parser = _Parser(prog="flexdit", description="FlexDiT diffusion transformers", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"flexdit_ext {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for module in (cli_sample, cli_bench, cli_convert):
+        module.add_parser(commands)
+    info = commands.add_parser("info", help="print versions, what was built and what was found")
+    info.add_argument("--json", action="store_true", help="print them as JSON")
+    info.set_defaults(run=_print_information)
+    parsed = parser.parse_args(arguments)
     try:
         return parsed.run(parsed)
     except KeyboardInterrupt:
@@ -81,10 +72,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # whoever read our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return 2
     except (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
         print(f"flexdit {parsed.command}: error: {_one_line(error)}", file=sys.stderr)
-        return 1
+        return 2
 
 
 def _one_line(error: Exception) -> str:

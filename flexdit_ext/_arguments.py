@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,6 +56,15 @@ def check_tensor(name: str, value) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is {'None' if value is None else type(value).__name__}, must be a torch.Tensor")
     return value
+
+
+def from_array(value):
+    """A tensor of another library's array (numpy, CuPy, JAX), through DLPack; anything else as it is."""
+    if isinstance(value, Tensor) or not hasattr(value, "__dlpack__"):
+        return value
+    if isinstance(value, np.ndarray):  # DLPack would refuse read-only ones and those of other byte orders
+        return torch.from_numpy(value.astype(value.dtype.newbyteorder("="), order="C", copy=True))
+    return torch.from_dlpack(value)
 
 
 def check_device(name: str, tensor: Tensor) -> None:

@@ -54,6 +54,7 @@ def block(
     position: Tensor | None,
     table: Tensor,
     other_table: Tensor | None,
+    mlp_norm_eps: float,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """Returns the block's tokens and the context for backward (empty unless `save`)."""
@@ -82,6 +83,7 @@ def block(
         position,
         table,
         other_table,
+        mlp_norm_eps,
         out,
         context if save else None,
         workspace(training if save else inference, x),
@@ -114,7 +116,8 @@ def _empty_context(kind, parameters, num_heads, x, other, condition, save) -> Te
     """A context large enough for backward; linear in the numbers of rows, so that torch.compile keeps them free."""
     if not save:
         return x.new_empty(0, dtype=torch.uint8)
-    per_row, per_other, per_sample = _context_rates(kind, x.shape[1], parameters[-2].shape[1], num_heads, x.dtype)
+    sizes = int(x.shape[1]), int(parameters[-2].shape[1])  # a model's, so never symbolic in its graphs
+    per_row, per_other, per_sample = _context_rates(kind, *sizes, num_heads, x.dtype)
     other_rows = 0 if other is None else other.shape[0]
     alignment = 64 * 16  # of the context's pieces, fewer than 16
     size = per_row * x.shape[0] + per_other * other_rows + per_sample * condition.shape[0] + alignment
@@ -122,7 +125,7 @@ def _empty_context(kind, parameters, num_heads, x, other, condition, save) -> Te
 
 
 @block.register_fake
-def _(kind, parameters, num_heads, x, other, condition, position, table, other_table, save):
+def _(kind, parameters, num_heads, x, other, condition, position, table, other_table, mlp_norm_eps, save):
     return x.new_empty(x.shape), _empty_context(kind, parameters, num_heads, x, other, condition, save)
 
 
@@ -136,6 +139,7 @@ def block_backward(
     condition: Tensor,
     table: Tensor,
     other_table: Tensor | None,
+    mlp_norm_eps: float,
     context: Tensor,
     grad_out: Tensor,
     needed: Sequence[bool],
@@ -155,6 +159,7 @@ def block_backward(
         condition,
         table,
         other_table,
+        mlp_norm_eps,
         context,
         grad_out.contiguous(),
         grad_x,
@@ -168,14 +173,14 @@ def block_backward(
 
 
 @block_backward.register_fake
-def _(kind, parameters, num_heads, x, other, condition, table, other_table, context, grad_out, needed):
+def _(kind, parameters, num_heads, x, other, condition, table, other_table, mlp_norm_eps, context, grad_out, needed):
     inputs = [x, condition] if other is None else [x, condition, other]
     inputs += [p for p, need in zip(parameters, needed, strict=True) if need]
     return [torch.empty_like(p, memory_format=torch.contiguous_format) for p in inputs]
 
 
 def _save_block(ctx, inputs, output):
-    ctx.kind, parameters, ctx.num_heads, x, other, condition, _, table, other_table, _ = inputs
+    ctx.kind, parameters, ctx.num_heads, x, other, condition, _, table, other_table, ctx.mlp_norm_eps, _ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, other, condition, table, other_table, output[1], *parameters)
 
@@ -183,12 +188,13 @@ def _save_block(ctx, inputs, output):
 def _block_gradient(ctx, grad_out, _):
     x, other, condition, table, other_table, context, *parameters = ctx.saved_tensors
     needed = list(ctx.needs_input_grad[1])
+    tokens = (x, other, condition, table, other_table)
     gradients = block_backward(
-        ctx.kind, parameters, ctx.num_heads, x, other, condition, table, other_table, context, grad_out, needed
+        ctx.kind, parameters, ctx.num_heads, *tokens, ctx.mlp_norm_eps, context, grad_out, needed
     )
     grad_x, grad_condition, *rest = gradients
     grad_other = None if other is None else rest.pop(0)
-    return None, _fill(needed, rest), None, grad_x, grad_other, grad_condition, None, None, None, None
+    return None, _fill(needed, rest), None, grad_x, grad_other, grad_condition, None, None, None, None, None
 
 
 block.register_autograd(_block_gradient, setup_context=_save_block)
@@ -197,11 +203,12 @@ block.register_autograd(_block_gradient, setup_context=_save_block)
 # Condition: timestep and label embedding
 
 
-def timestep_features(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """[cos(t w), sin(t w)] [B, 256] with w_i = 10000^(-i / 128), in float32 whatever the model's dtype, as pretrained
-    DiTs were trained. Source: DiT's TimestepEmbedder, arXiv 2212.09748."""
+def timestep_features(t: Tensor, dtype: torch.dtype, shift: int = 0) -> Tensor:
+    """[cos(t w), sin(t w)] [B, 256] with w_i = 10000^(-i / (128 - shift)), in float32 whatever the model's dtype, as
+    pretrained DiTs were trained. Source: DiT's TimestepEmbedder, arXiv 2212.09748."""
     half = TIMESTEP_FEATURES // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    indices = torch.arange(half, dtype=torch.float32, device=t.device)
+    frequencies = torch.exp(-math.log(10000) * indices / (half - shift))
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1).to(dtype)
 
@@ -224,13 +231,20 @@ def _labels(y: Tensor, dropped: Tensor | None, num_labels: int) -> Tensor:
 
 
 @custom_op("flexdit_ext::condition", mutates_args=())
-def condition(t: Tensor, y: Tensor, dropped: Tensor | None, parameters: Sequence[Tensor], num_timesteps: int) -> Tensor:
+def condition(
+    t: Tensor,
+    y: Tensor,
+    dropped: Tensor | None,
+    parameters: Sequence[Tensor],
+    num_timesteps: int,
+    timestep_shift: int,
+) -> Tensor:
     """t_emb + y_emb [B, C], the null class's y_emb where `dropped`. Raises ValueError for values of t and y out of
     range, dropped or not; on a GPU a label out of range gives NaN instead."""
     require_device("condition", parameters, t=t, y=y)
     if not t.is_cuda:  # there the host does not wait for values
         _check_values(t, y, num_timesteps, parameters[4].shape[0])
-    features = timestep_features(t, parameters[0].dtype)
+    features = timestep_features(t, parameters[0].dtype, timestep_shift)
     out = empty_rows(features, t.shape[0], parameters[0].shape[0])
     scratch = workspace(_C.condition_workspace(features, out.shape[1]), features)
     labels = _labels(y, dropped, parameters[4].shape[0])
@@ -239,7 +253,7 @@ def condition(t: Tensor, y: Tensor, dropped: Tensor | None, parameters: Sequence
 
 
 @condition.register_fake
-def _(t, y, dropped, parameters, num_timesteps):
+def _(t, y, dropped, parameters, num_timesteps, timestep_shift):
     return parameters[0].new_empty(t.shape[0], parameters[0].shape[0])
 
 
@@ -249,10 +263,11 @@ def condition_backward(
     y: Tensor,
     dropped: Tensor | None,
     parameters: Sequence[Tensor],
+    timestep_shift: int,
     grad_out: Tensor,
     needed: Sequence[bool],
 ) -> list[Tensor]:
-    features = timestep_features(t, parameters[0].dtype)
+    features = timestep_features(t, parameters[0].dtype, timestep_shift)
     gradients = _gradients(parameters, needed)
     scratch = workspace(_C.condition_workspace(features, grad_out.shape[1]), features)
     labels = _labels(y, dropped, parameters[4].shape[0])
@@ -263,19 +278,20 @@ def condition_backward(
 
 
 @condition_backward.register_fake
-def _(t, y, dropped, parameters, grad_out, needed):
+def _(t, y, dropped, parameters, timestep_shift, grad_out, needed):
     return [torch.empty_like(p) for p, need in zip(parameters, needed, strict=True) if need]
 
 
 def _save_condition(ctx, inputs, output):
-    t, y, dropped, parameters, _ = inputs
+    t, y, dropped, parameters, _, ctx.timestep_shift = inputs
     ctx.save_for_backward(t, y, dropped, *parameters)
 
 
 def _condition_gradient(ctx, grad_out):
     t, y, dropped, *parameters = ctx.saved_tensors
     needed = list(ctx.needs_input_grad[3])
-    return None, None, None, _fill(needed, condition_backward(t, y, dropped, parameters, grad_out, needed)), None
+    gradients = condition_backward(t, y, dropped, parameters, ctx.timestep_shift, grad_out, needed)
+    return None, None, None, _fill(needed, gradients), None, None
 
 
 condition.register_autograd(_condition_gradient, setup_context=_save_condition)

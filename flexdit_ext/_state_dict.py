@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
+from ._report import Report
+from .checkpoint import load_checkpoint_file, select_state_dict, state_dict_key
 from .config import FlexDiTConfig
 
 # (name there, name here), # standing for a number; first the beginnings of a name, then parts of the rest.
@@ -51,6 +54,28 @@ DIFFUSERS_PARTS = (
 )
 SDTM_KINDS = ("generation", "sparse", "recovery", "dense")
 
+# ---- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def load_tensors(source, what: str, report: Report, key: str | None = None) -> dict[str, Tensor]:
+    """Named tensors from a state dict, a training checkpoint or a file, without DataParallel's and compile's prefix."""
+    is_file = isinstance(source, (str, os.PathLike))
+    content = load_checkpoint_file(source) if is_file else source
+    try:
+        tensors = select_state_dict(content, key, str(source) if is_file else "checkpoint")
+    except TypeError as error:
+        raise (ValueError if is_file else TypeError)(str(error)) from None
+    if (chosen := state_dict_key(content, key)) is not None:
+        report.unused |= {name: f"{chosen} was taken" for name in content if name != chosen}
+    for prefix in ("_orig_mod.", "module."):
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    if not tensors:
+        raise ValueError(f"{what}: the state dict is empty")
+    report.start(tensors)
+    return tensors
+
+
 # ---- names ----------------------------------------------------------------------------------------------------------
 
 
@@ -70,13 +95,23 @@ def reverse(table: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     return [(new, old) for old, new in table]
 
 
-def translate(tensors: Mapping[str, Tensor], new_name: Callable[[str], str | None], source: str) -> dict[str, Tensor]:
-    """The tensors under their new names. Raises ValueError listing those that new_name gives None for."""
+def translate(
+    tensors: Mapping[str, Tensor],
+    new_name: Callable[[str], str | None],
+    source: str,
+    report: Report,
+    ignore_unused: bool = False,
+) -> dict[str, Tensor]:
+    """The tensors under their new names. Those that new_name gives None for are left out with ignore_unused; otherwise
+    they raise ValueError."""
     names = {name: new_name(name) for name in tensors}
-    if unknown := [name for name, new in names.items() if new is None]:
+    unknown = [name for name, new in names.items() if new is None]
+    if unknown and not ignore_unused:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise ValueError(f"{source} does not have such tensors: {', '.join(unknown[:5])}{more}")
-    return {names[name]: tensor for name, tensor in tensors.items()}
+    kept = {name: new for name, new in names.items() if new is not None}
+    report.follow({new: (name,) for name, new in kept.items()}, dict.fromkeys(unknown, f"{source} has no such tensor"))
+    return {new: tensors[name] for name, new in kept.items()}
 
 
 def flatten_position(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -75,6 +75,7 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.num_heads = num_heads
+        self.mlp_norm_eps = "1e-06"  # FlexDiT sets its own; as text, because torch.compile makes floats inputs
         self.modulation = nn.Linear(hidden_size, 6 * hidden_size)
         for name, layer in merging.items():  # here, so that the state_dict has the C++ library's order
             self.add_module(name, layer)
@@ -113,6 +114,7 @@ class Block(nn.Module):
             position,
             layout.table,
             other_table,
+            float(self.mlp_norm_eps),
             save,
         )[0]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -16,41 +17,71 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ._hub import fetch, is_hub_id
+from ._shards import INDEX_SUFFIX, index_text, is_shard, load_shards, parse_size, read_index, shard_names, split
 from .config import FlexDiTConfig
 
 if TYPE_CHECKING:
     from .model import FlexDiT
 
 WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model" + INDEX_SUFFIX
 CONFIG_NAME = "config.json"
 _METADATA_KEY = "config"  # the configuration's JSON in the safetensors header: one file is a whole checkpoint
 _WRAPPER_KEYS = ("ema", "model", "state_dict")  # of training checkpoints, the one for sampling first
 _NAMED_TENSORS = 5  # at most so many per kind in an error message
 
 
-def save_pretrained(model: FlexDiT, directory: str | os.PathLike) -> None:
+def save_pretrained(model: FlexDiT, directory: str | os.PathLike, *, max_shard_size: int | str | None = None) -> None:
     """Writes `directory`/model.safetensors and config.json; creates the directory.
 
-    The configuration also goes into the safetensors file's metadata (key "config"), so that file alone can be loaded.
-    All or nothing: a failure (full disk, no permission, Ctrl-C) leaves the previous checkpoint or the whole new one,
-    and no temporary files; a killed process may leave a directory .saving-*, which can be deleted.
-    Raises OSError, TypeError if `model` is no FlexDiT.
+    max_shard_size: bytes, or a string such as "5GB": weights that are larger go into several files
+        model-00001-of-0000N.safetensors, listed in model.safetensors.index.json.
+
+    The configuration also goes into the metadata of the safetensors file (key "config") or of the index, so that those
+    alone can be loaded. All or nothing: a failure (full disk, no permission, Ctrl-C) leaves the previous checkpoint or
+    the whole new one, and no temporary files; a killed process may leave a directory .saving-* and unlisted shards,
+    which can be deleted. Raises OSError, TypeError if `model` is no FlexDiT.
     """
     config = getattr(model, "config", None)
     if not isinstance(model, torch.nn.Module) or not isinstance(config, FlexDiTConfig):
         raise TypeError(f"model is a {type(model).__name__}, must be a FlexDiT")
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    most = None if max_shard_size is None else parse_size("max_shard_size", max_shard_size)
     text = json.dumps(config.to_dict(), indent=2) + "\n"
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_checkpoint(model.state_dict(), Path(directory), text, most)
+
+
+def write_checkpoint(
+    state_dict: Mapping[str, Tensor],
+    directory: Path,
+    config_text: str,
+    most: int | None = None,
+    weights_name: str = WEIGHTS_NAME,
+) -> None:
+    """What save_pretrained does, for any tensors and any config.json; `most` bytes a file."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    parts = [tensors] if most is None else split(tensors, most)
+    stem = weights_name.removesuffix(".safetensors")
+    names, index = [weights_name], stem + INDEX_SUFFIX
+    if len(parts) > 1:
+        names = shard_names(stem, len(parts), set(os.listdir(directory)), secrets.token_hex(4))
+    metadata = {"format": "pt", _METADATA_KEY: config_text}
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as staging:
         staged = Path(staging)
-        (staged / CONFIG_NAME).write_text(text, encoding="utf-8")
-        _write_safetensors(tensors, staged / WEIGHTS_NAME, {"format": "pt", _METADATA_KEY: text})
-        shutil.copymode(staged / CONFIG_NAME, staged / WEIGHTS_NAME)  # safetensors lets nobody else read the file
-        for name in (CONFIG_NAME, WEIGHTS_NAME):
-            _fsync(staged / name)
-        _publish(staged, directory)
+        (staged / CONFIG_NAME).write_text(config_text, encoding="utf-8")
+        if len(parts) > 1:
+            (staged / index).write_text(index_text(parts, names, {_METADATA_KEY: config_text}), encoding="utf-8")
+        for part, name in zip(parts, names, strict=True):
+            _write_safetensors(part, staged / name, metadata)
+            shutil.copymode(staged / CONFIG_NAME, staged / name)  # safetensors lets nobody else read the file
+        for path in sorted(staged.iterdir()):
+            _fsync(path)
+        if len(parts) > 1:
+            _publish_shards(staged, directory, names, index, weights_name)
+        else:
+            _publish(staged, directory, weights_name)
+        _remove_shards(directory, stem, keep=names if len(parts) > 1 else [])
     _fsync(directory)
 
 
@@ -58,7 +89,7 @@ def _write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[st
     try:
         safetensors.torch.save_file(tensors, path, metadata)
     except safetensors.SafetensorError as error:  # what safetensors makes of an OSError
-        raise OSError(f"cannot write {WEIGHTS_NAME} to {path.parent.parent}: {error}") from error
+        raise OSError(f"cannot write {path.name} to {path.parent.parent}: {error}") from error
 
 
 def _fsync(path: Path) -> None:
@@ -69,7 +100,7 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _publish(staged: Path, directory: Path) -> None:
+def _publish(staged: Path, directory: Path, weights_name: str) -> None:
     """Moves the staged pair into place.
 
     No moment shows new weights with another model's config.json: that is set aside first, and the configuration in the
@@ -77,41 +108,120 @@ def _publish(staged: Path, directory: Path) -> None:
     """
     config, previous = directory / CONFIG_NAME, staged / "previous_config.json"
     try:
-        if config.exists() and config.read_bytes() != (staged / CONFIG_NAME).read_bytes():
-            os.replace(config, previous)
-        os.replace(staged / WEIGHTS_NAME, directory / WEIGHTS_NAME)
+        _set_aside(config, staged / CONFIG_NAME, previous)
+        os.replace(staged / weights_name, directory / weights_name)
         os.replace(staged / CONFIG_NAME, config)
     except BaseException:  # Ctrl-C too
-        if (staged / WEIGHTS_NAME).exists() and previous.exists():
+        if (staged / weights_name).exists() and previous.exists():
             os.rename(previous, config)
         raise
 
 
+def _publish_shards(staged: Path, directory: Path, names: list[str], index: str, weights_name: str) -> None:
+    """As _publish. Shards have names that nobody uses yet, so they come first; then the index is replaced, and a single
+    file of weights, which readers prefer to an index, is removed: the one or the other is the moment of change."""
+    config, previous = directory / CONFIG_NAME, staged / "previous_config.json"
+    single = directory / weights_name
+    try:
+        for name in names:
+            os.replace(staged / name, directory / name)
+        _set_aside(config, staged / CONFIG_NAME, previous)
+        os.replace(staged / index, directory / index)
+        single.unlink(missing_ok=True)
+        os.replace(staged / CONFIG_NAME, config)
+    except BaseException:
+        if (staged / index).exists() or single.exists():  # the old checkpoint is still the one that is read
+            if previous.exists():
+                os.rename(previous, config)
+            if not (staged / index).exists():
+                (directory / index).unlink()
+            for name in names:
+                (directory / name).unlink(missing_ok=True)
+        raise
+
+
+def _set_aside(config: Path, staged_config: Path, previous: Path) -> None:
+    if config.exists() and config.read_bytes() != staged_config.read_bytes():
+        os.replace(config, previous)
+
+
+def _remove_shards(directory: Path, stem: str, keep: list[str]) -> None:
+    """What an earlier, sharded checkpoint has left; files of other names stay."""
+    if not keep:
+        (directory / (stem + INDEX_SUFFIX)).unlink(missing_ok=True)
+    for name in os.listdir(directory):
+        if is_shard(name, stem) and name not in keep:
+            (directory / name).unlink(missing_ok=True)
+
+
 def load_pretrained(
-    path: str | os.PathLike, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    path: str | os.PathLike,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    *,
+    device_map: torch.device | str | int | Mapping | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
 ) -> FlexDiT:
-    """The model that save_pretrained wrote, in evaluation mode.
+    """The model that save_pretrained wrote, in evaluation mode. Reads JSON and safetensors only, never a pickle.
 
     Args:
-        path: a directory with model.safetensors, or one weights file. The configuration comes from config.json beside
-            it or from the safetensors metadata; config.json is asked first, except for a file of another name.
+        path: a directory with model.safetensors or model.safetensors.index.json, one such file, or if there is no such
+            path the id "owner/name" of a repository on the Hugging Face Hub, which huggingface_hub fetches. The
+            configuration comes from config.json beside the weights or from their metadata; config.json is asked first,
+            except for a file of another name.
         dtype: of the parameters; None keeps the file's.
         device: None means the CPU.
+        device_map: another way to name the one device: "cuda:0", 0, or {"": "cuda:0"}.
+        revision, cache_dir, token, local_files_only: as in huggingface_hub, for an id.
 
     Raises FileNotFoundError, or ValueError naming the file: unreadable, truncated or corrupt files, a configuration
     that is not JSON, has unknown keys or wrong types, and tensors that do not match it (see check_state_dict).
     """
-    path = Path(path)
-    weights = path / WEIGHTS_NAME if path.is_dir() else path
+    device = _one_device(device, device_map)
+    if not os.path.exists(path) and is_hub_id(path):
+        options = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        path = fetch(path, **options)
+    weights = find_weights(Path(path))
+    _check_readable(weights)
+    if not weights.name.endswith((".safetensors", INDEX_SUFFIX)):
+        raise ValueError(f"{weights} is not a .safetensors file; `flexdit convert` reads other checkpoints")
     state_dict = load_state_dict_file(weights)
     config, source = _read_config(weights)
     return build_model(config, state_dict, dtype, device, source=f"{weights} with the configuration in {source}")
 
 
+def find_weights(path: Path, weights_name: str = WEIGHTS_NAME) -> Path:
+    """The file of weights in a directory, or its index; a file is taken as it is."""
+    if not path.is_dir():
+        return path
+    index = path / (weights_name.removesuffix(".safetensors") + INDEX_SUFFIX)
+    return index if index.exists() and not (path / weights_name).exists() else path / weights_name
+
+
+def _one_device(device, device_map) -> torch.device | None:
+    if device_map is None:
+        return None if device is None else torch.device(device)
+    if device is not None:
+        raise ValueError(f"device is {device} and device_map {device_map!r}: give one of them")
+    one = device_map
+    if isinstance(device_map, Mapping):
+        if set(device_map) != {""}:
+            raise ValueError(f'device_map is {device_map!r}, must be one device, such as "cuda:0" or {{"": "cuda:0"}}')
+        one = device_map[""]
+    try:
+        return torch.device(one)
+    except (RuntimeError, TypeError, ValueError):
+        raise ValueError(f'device_map is {device_map!r}, must be one device, such as "cuda:0" or "cpu"') from None
+
+
 def _read_config(weights: Path) -> tuple[FlexDiTConfig, str]:
     """The configuration and where it was found."""
     sources = [_config_beside, _config_within]
-    for read in sources if weights.name == WEIGHTS_NAME else reversed(sources):
+    usual = weights.name in (WEIGHTS_NAME, INDEX_NAME)
+    for read in sources if usual else reversed(sources):
         text, source = read(weights)
         if text is not None:
             return _parse_config(text, source), source
@@ -130,8 +240,9 @@ def _config_beside(weights: Path) -> tuple[bytes | None, str]:
 
 def _config_within(weights: Path) -> tuple[str | None, str]:
     source = f"the metadata of {weights}"
-    if weights.suffix != ".safetensors":
-        return None, source
+    if weights.name.endswith(INDEX_SUFFIX):
+        text = read_index(weights)[1].get(_METADATA_KEY)
+        return text if isinstance(text, str) else None, source
     with safetensors.safe_open(weights, framework="pt") as file:
         return (file.metadata() or {}).get(_METADATA_KEY), source
 
@@ -150,29 +261,34 @@ def _parse_config(text: str | bytes, source: str) -> FlexDiTConfig:
 
 
 def load_state_dict_file(path: str | os.PathLike, key: str | None = None) -> dict[str, Tensor]:
-    """Named tensors, on the CPU, of a .safetensors file or of any other file through torch.load(weights_only=True).
+    """Named tensors, on the CPU, of a .safetensors file, of an index of several (.safetensors.index.json), or of any
+    other file through torch.load(weights_only=True).
 
     A training checkpoint that wraps state dicts ({"ema": ..., "model": ..., "args": ...}, as facebookresearch/DiT and
     changsn/SparseDiT write) gives the one called `key`, or if that is None "ema" before "model" before "state_dict".
     Raises FileNotFoundError, or ValueError naming the file; code in a pickle is refused, never run.
     """
+    try:
+        return select_state_dict(load_checkpoint_file(path), key, str(path))
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+
+
+def load_checkpoint_file(path: str | os.PathLike):
+    """What a file of load_state_dict_file's kinds holds, before a state dict is selected."""
     path = Path(path)
     _check_readable(path)
     try:
-        content = _read_tensors(path)
-    except MemoryError:
+        return _read_tensors(path)
+    except (MemoryError, FileNotFoundError):
         raise
     except Exception as error:  # torch.load and safetensors raise about ten types for broken files
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if path.suffix != ".safetensors":
+        if not path.name.endswith((".safetensors", INDEX_SUFFIX)):
             reason = (
                 "truncated, corrupt, or pickled objects other than tensors (not loaded, they can run code): " + reason
             )
         raise ValueError(f"{path} is not a readable checkpoint: {reason}") from error
-    try:
-        return select_state_dict(content, key, str(path))
-    except TypeError as error:
-        raise ValueError(str(error)) from None
 
 
 def _check_readable(path: Path) -> None:
@@ -188,8 +304,17 @@ def _check_readable(path: Path) -> None:
 def _read_tensors(path: Path):
     if path.suffix == ".safetensors":
         return safetensors.torch.load_file(path)
+    if path.name.endswith(INDEX_SUFFIX):
+        return load_shards(path)
     with torch.serialization.safe_globals([argparse.Namespace]):  # DiT's training checkpoints carry their arguments
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def state_dict_key(content: Mapping, key: str | None = None) -> str | None:
+    """Under which key of a loaded checkpoint its state dict is; None if it is one itself."""
+    if key is not None:
+        return key
+    return next((name for name in _WRAPPER_KEYS if isinstance(content.get(name), Mapping)), None)
 
 
 def select_state_dict(content, key: str | None = None, source: str = "checkpoint") -> dict[str, Tensor]:
@@ -199,11 +324,10 @@ def select_state_dict(content, key: str | None = None, source: str = "checkpoint
     """
     if not isinstance(content, Mapping):
         raise TypeError(f"{source} holds a {type(content).__name__}, must hold a dict of tensors")
-    if key is None:
-        key = next((name for name in _WRAPPER_KEYS if isinstance(content.get(name), Mapping)), None)
-    elif not isinstance(content.get(key), Mapping):
+    if key is not None and not isinstance(content.get(key), Mapping):
         wrappers = [name for name, value in content.items() if isinstance(value, Mapping)]
         raise ValueError(f"{source} has no state dict {key!r}; it has {wrappers or 'none'}")
+    key = state_dict_key(content, key)
     state_dict = dict(content if key is None else content[key])
     for name, value in state_dict.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):

@@ -40,6 +40,9 @@ class FlexDiTConfig:
         num_pooling_blocks, num_sdtm, num_dense_blocks: the three segments of the model, bottom to top.
         sdtm_blocks: (generation, sparse, recovery, dense) blocks of a sparse-dense token module.
         reinject_position: add the position embedding again where tokens change between sparse and dense.
+        timestep_shift: timesteps enter with frequencies 10000^(-i / (128 - timestep_shift)): 0 as in DiT, 1 in a model
+            that diffusers has trained.
+        mlp_norm_eps: of the layer norms before the MLPs; diffusers' DiT has 1e-5.
         schedule: DensitySchedule or its dict; None means the paper's pruning rates 0.61 to 0.86.
 
     With num_pooling_blocks = num_sdtm = 0 the model is exactly DiT. Raises TypeError or ValueError naming the field.
@@ -59,6 +62,8 @@ class FlexDiTConfig:
     sdtm_blocks: tuple[int, int, int, int] = (1, 3, 1, 1)
     num_dense_blocks: int = 2
     reinject_position: bool = False
+    timestep_shift: int = 0
+    mlp_norm_eps: float = 1e-6
     schedule: DensitySchedule | None = None
 
     def __post_init__(self):
@@ -96,6 +101,14 @@ class FlexDiTConfig:
             raise TypeError(f"class_dropout_prob is {self.class_dropout_prob!r}, must be a number")
         if not 0 <= self.class_dropout_prob < 1:
             raise ValueError(f"class_dropout_prob is {self.class_dropout_prob}, must be at least 0 and below 1")
+        if type(self.timestep_shift) is not int:
+            raise TypeError(f"timestep_shift is {self.timestep_shift!r}, must be an int")
+        if self.timestep_shift not in (0, 1):
+            raise ValueError(f"timestep_shift is {self.timestep_shift}, must be 0 (DiT) or 1 (diffusers)")
+        if isinstance(self.mlp_norm_eps, bool) or not isinstance(self.mlp_norm_eps, (int, float)):
+            raise TypeError(f"mlp_norm_eps is {self.mlp_norm_eps!r}, must be a number")
+        if not 0 < self.mlp_norm_eps < 1:
+            raise ValueError(f"mlp_norm_eps is {self.mlp_norm_eps}, must be above 0 and below 1")
         if isinstance(self.mlp_ratio, bool) or not isinstance(self.mlp_ratio, (int, float)):
             raise TypeError(f"mlp_ratio is {self.mlp_ratio!r}, must be a number")
         if not 0 < self.mlp_ratio < math.inf or self.mlp_hidden_size < 1:
@@ -109,11 +122,12 @@ class FlexDiTConfig:
         for grid in self.schedule.grids:
             self.check_sparse_grid("schedule", grid)
 
-    def check_sparse_grid(self, name: str, grid: Grid) -> Grid:
-        """Raises ValueError unless `grid` fits into the dense grid."""
+    def check_sparse_grid(self, name: str, grid: Grid, dense: Grid | None = None) -> Grid:
+        """Raises ValueError unless `grid` fits into the dense grid: the config's, or `dense` of another image size."""
+        dense = dense or self.dense_grid
         frames, height, width = (1, *grid)[-3:]
-        if frames != 1 or height > self.dense_grid[0] or width > self.dense_grid[1]:
-            raise ValueError(f"{name} has the sparse grid {grid}, at most the dense grid {self.dense_grid} is allowed")
+        if frames != 1 or height > dense[0] or width > dense[1]:
+            raise ValueError(f"{name} has the sparse grid {grid}, at most the dense grid {dense} is allowed")
         return grid
 
     @property
@@ -150,6 +164,7 @@ class FlexDiTConfig:
         core.num_pooling_blocks, core.num_sdtm = self.num_pooling_blocks, self.num_sdtm
         core.generation_blocks, core.sparse_blocks, core.recovery_blocks, core.dense_blocks = self.sdtm_blocks
         core.num_dense_blocks, core.reinject_position = self.num_dense_blocks, self.reinject_position
+        core.timestep_shift, core.mlp_norm_eps = self.timestep_shift, self.mlp_norm_eps
         return core
 
     def to_dict(self) -> dict:

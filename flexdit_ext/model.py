@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import _C, _block_ops, ops
 from ._arguments import Grid, check_grid, check_number, check_tensor
-from .blocks import DenseBlock, PoolingBlock, SparseDenseTokenModule, autocast_dtype, cast, require_device
+from .blocks import Block, DenseBlock, PoolingBlock, SparseDenseTokenModule, autocast_dtype, cast, require_device
 from .config import FlexDiTConfig
 from .layout import TokenLayout
 
@@ -67,7 +67,8 @@ class FlexDiT(nn.Module):
         self.activation_checkpointing = False
         hidden, patch = config.hidden_size, config.patch_size
         size = (hidden, config.num_heads, config.mlp_hidden_size)
-        self.register_buffer("pos_embed", sincos_position_embedding(config.dense_grid, hidden))
+        position = sincos_position_embedding(config.dense_grid, hidden)
+        self.register_buffer("pos_embed", position.to(torch.get_default_dtype()))  # as the parameters are
         self.patch_embed = nn.Conv2d(config.in_channels, hidden, patch, stride=patch)
         self.timestep_embed = TimestepEmbedding(hidden)
         self.label_embed = nn.Embedding(config.num_classes + (config.class_dropout_prob > 0), hidden)
@@ -75,6 +76,9 @@ class FlexDiT(nn.Module):
         self.sdtm = nn.ModuleList(SparseDenseTokenModule(*size, config.sdtm_blocks) for _ in range(config.num_sdtm))
         self.dense_blocks = nn.ModuleList(DenseBlock(*size) for _ in range(config.num_dense_blocks))
         self.final_layer = FinalLayer(hidden, patch * patch * config.out_channels)
+        for block in self.modules():
+            if isinstance(block, Block):
+                block.mlp_norm_eps = str(config.mlp_norm_eps)
         self.reset_parameters()
         self.to(device=device, dtype=dtype)
 
@@ -125,7 +129,14 @@ class FlexDiT(nn.Module):
         final_parameters = [layer.modulation.weight, layer.modulation.bias, layer.linear.weight, layer.linear.bias]
         condition_parameters = self._condition_parameters()
         require_device(x.device, [*condition_parameters, self.pos_embed, *final_parameters])
-        condition = _block_ops.condition(t, y, dropped, cast(condition_parameters, dtype), self.schedule.num_timesteps)
+        condition = _block_ops.condition(
+            t,
+            y,
+            dropped,
+            cast(condition_parameters, dtype),
+            self.schedule.num_timesteps,
+            config.timestep_shift,
+        )
         x, weight, bias, position = cast([x, self.patch_embed.weight, self.patch_embed.bias, self.pos_embed], dtype)
         tokens, _ = _block_ops.patch_embed(x, weight, bias, position, layout.table)
         for block in self.pooling_blocks:
@@ -177,18 +188,21 @@ class FlexDiT(nn.Module):
         )
         return total / schedule.num_timesteps
 
-    def save_pretrained(self, directory) -> None:
-        """Writes config.json and model.safetensors into `directory`, each whole or not at all."""
+    def save_pretrained(self, directory, *, max_shard_size: int | str | None = None) -> None:
+        """Writes config.json and model.safetensors (see checkpoint.save_pretrained) into `directory`, each whole or not
+        at all."""
         from .checkpoint import save_pretrained
 
-        save_pretrained(self, directory)
+        save_pretrained(self, directory, max_shard_size=max_shard_size)
 
     @classmethod
-    def from_pretrained(cls, directory_or_file, dtype: torch.dtype | None = None, device=None) -> FlexDiT:
-        """Loads what save_pretrained wrote, from the folder or from the safetensors file alone."""
+    def from_pretrained(cls, path, dtype: torch.dtype | None = None, device=None, **options) -> FlexDiT:
+        """Loads what save_pretrained wrote, from the folder, from the safetensors file alone, or from the Hugging Face
+        Hub by its id "owner/name"; options as in checkpoint.load_pretrained: device_map, revision, cache_dir, token,
+        local_files_only."""
         from .checkpoint import load_pretrained
 
-        return load_pretrained(directory_or_file, dtype=dtype, device=device)
+        return load_pretrained(path, dtype=dtype, device=device, **options)
 
     def _run(self, block: nn.Module, *arguments) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():

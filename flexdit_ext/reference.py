@@ -175,13 +175,15 @@ def sincos_position_embedding(grid: Grid, dim: int) -> Tensor:
     return torch.cat([columns, rows], dim=2).flatten(0, 1).repeat(math.prod(frames), 1)
 
 
-def timestep_frequencies(t: Tensor, dim: int = 256, max_period: float = 10000.0) -> Tensor:
-    """DiT's timestep features [cos | sin] of t / max_period^(i / (dim / 2)). t [B], int or float -> float32 [B, dim].
+def timestep_frequencies(t: Tensor, dim: int = 256, max_period: float = 10000.0, shift: int = 0) -> Tensor:
+    """DiT's timestep features [cos | sin] of t / max_period^(i / (dim / 2 - shift)). t [B], int or float -> float32
+    [B, dim]. shift is 0 in DiT, 1 in diffusers.
 
     float32 whatever the model's dtype, as in DiT: checkpoints were trained with these values.
     """
     half = dim // 2
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    indices = torch.arange(half, dtype=torch.float32, device=t.device)
+    frequencies = torch.exp(-math.log(max_period) * indices / (half - shift))
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
@@ -189,13 +191,14 @@ def timestep_frequencies(t: Tensor, dim: int = 256, max_period: float = 10000.0)
 class TimestepEmbedding(nn.Module):
     """t [B] -> [B, C]: sinusoidal features through a two-layer MLP with SiLU, as in DiT."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, shift: int = 0):
         super().__init__()
+        self.shift = shift
         self.fc1 = nn.Linear(256, dim)
         self.fc2 = nn.Linear(dim, dim)
 
     def forward(self, t: Tensor) -> Tensor:
-        features = timestep_frequencies(t).to(self.fc1.weight.dtype)
+        features = timestep_frequencies(t, shift=self.shift).to(self.fc1.weight.dtype)
         return self.fc2(F.silu(self.fc1(features)))
 
 
@@ -255,6 +258,7 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, mlp_ratio: float, attn: nn.Module):
         super().__init__()
+        self.mlp_norm_eps = 1e-6  # FlexDiT sets its configuration's
         self.modulation = nn.Linear(dim, 6 * dim)
         self.attn = attn
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
@@ -264,7 +268,7 @@ class Block(nn.Module):
         return self.modulation(F.silu(c))[:, None].chunk(6, dim=-1)
 
     def residual_mlp(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-        return x + gate * self.mlp(_modulated_layer_norm(x, shift, scale))
+        return x + gate * self.mlp(_modulated_layer_norm(x, shift, scale, self.mlp_norm_eps))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift1, scale1, gate1, *mlp_modulation = self.modulate(c)
@@ -378,7 +382,7 @@ class FlexDiT(nn.Module):
 
         self.register_buffer("pos_embed", sincos_position_embedding(self.grid, dim).float())
         self.patch_embed = nn.Conv2d(config.in_channels, dim, patch, stride=patch)
-        self.timestep_embed = TimestepEmbedding(dim)
+        self.timestep_embed = TimestepEmbedding(dim, config.timestep_shift)
         self.label_embed = nn.Embedding(num_labels, dim)
         self.pooling_blocks = nn.ModuleList(PoolingBlock(dim, mlp_ratio) for _ in range(config.num_pooling_blocks))
         self.sdtm = nn.ModuleList(
@@ -386,6 +390,9 @@ class FlexDiT(nn.Module):
         )
         self.dense_blocks = nn.ModuleList(DenseBlock(dim, num_heads, mlp_ratio) for _ in range(config.num_dense_blocks))
         self.final_layer = FinalLayer(dim, patch * patch * config.out_channels)
+        for block in self.modules():
+            if isinstance(block, Block):
+                block.mlp_norm_eps = config.mlp_norm_eps
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, grid: Grid | Sequence[Grid] | None = None) -> Tensor:
         """x [B, in, H*p, W*p], t [B] in [0, 1000], y [B] int64 -> [B, out, H*p, W*p].

@@ -105,7 +105,7 @@ class Sampler:
         size = None if size is None else _check_size(size, self.config)
         grids = check_grids(grid, total)
         for name, one in _named_grids(grids):
-            _check_sparse_grid(name, one, size, self.config)
+            self.config.check_sparse_grid(name, one, _dense_grid(size, self.config))
         batch_size = total if batch_size is None else check_int("batch_size", batch_size, 1, 2**31 - 1)
         table = _table(self.config, sampler, steps, eta, clip_x0)
         interval = check_interval(guidance_interval)
@@ -191,7 +191,7 @@ class Session:
         config = self._config
         size = None if size is None else _check_size(size, config)
         if grid is not None:
-            grid = _check_sparse_grid("grid", check_grid("grid", grid), size, config)
+            grid = config.check_sparse_grid("grid", check_grid("grid", grid), _dense_grid(size, config))
         scales = check_cfg_scale(cfg_scale, 1, config)
         return self._add(
             check_int("label", label, 0, config.num_classes - (0 if config.class_dropout_prob > 0 else 1)),
@@ -284,15 +284,8 @@ def _check_size(size, config) -> tuple[int, int]:
     return size
 
 
-def _check_sparse_grid(name: str, grid: Grid, size: tuple[int, int] | None, config) -> Grid:
-    """Within the dense grid of an image of that size."""
-    if size is None:
-        return config.check_sparse_grid(name, grid)
-    dense = tuple(side // config.patch_size for side in size)
-    frames, height, width = (1, *grid)[-3:]
-    if frames != 1 or height > dense[0] or width > dense[1]:
-        raise ValueError(f"{name} is {grid}, at most the dense grid {dense} of size {size} is allowed")
-    return grid
+def _dense_grid(size: tuple[int, int] | None, config) -> tuple[int, int]:
+    return config.dense_grid if size is None else (size[0] // config.patch_size, size[1] // config.patch_size)
 
 
 def _named_grids(grids) -> list[tuple[str, Grid]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _C
-from ._arguments import check_number
+from ._arguments import check_number, from_array
 from .diffusion.ddpm import split_output
 from .diffusion.samplers import Sampler, make_sampler
 
@@ -60,8 +60,8 @@ def sample(
     model: called as model(x, t, y, grid=grid); has .config with input_size, in_channels, num_classes and
         class_dropout_prob. A flow model for "flow" and "heun", a DDPM model (epsilon, maybe learned variance)
         otherwise. flexdit_ext.Sampler gives a FlexDiT's same images faster.
-    y: int64 (or int32) [B] or a list of ints, labels in 0..num_classes - 1, or num_classes, the null class, where
-        class_dropout_prob > 0.
+    y: int64 (or int32) [B], an array of numpy, CuPy or JAX (cfg_scale and seed may be arrays, too), or a list of ints:
+        labels in 0..num_classes - 1, or num_classes, the null class, where class_dropout_prob > 0.
     steps: int in 1..1000; for ddim and ddpm also a respacing string such as "ddim50" (see space_timesteps).
     sampler: "ddim", "ddpm" (learned variance where the model has one), "dpmpp" (DPM-Solver++(2M)), "flow" (Euler) or
         "heun" (flow, second order: 2 steps - 1 passes of the model).
@@ -224,7 +224,15 @@ def check_int(name: str, value, low: int, high: int | None = None) -> int:
     return value
 
 
+def _from_array(name: str, value):
+    try:
+        return from_array(value)
+    except (TypeError, ValueError, RuntimeError, BufferError) as error:
+        raise TypeError(f"{name}: an array of {type(value).__name__} that torch cannot take: {error}") from None
+
+
 def check_labels(y, config) -> Tensor:
+    y = _from_array("y", y)
     if not isinstance(y, Tensor):
         if isinstance(y, (str, bytes)) or not hasattr(y, "__len__"):
             raise TypeError(f"y: must be an int64 tensor [B] or a list of ints, got {type(y).__name__}")
@@ -245,7 +253,7 @@ def check_labels(y, config) -> Tensor:
 def check_cfg_scale(cfg_scale, total: int, config) -> Tensor | None:
     """None without guidance, else float64 [B] on the CPU."""
     try:
-        scales = torch.as_tensor(cfg_scale).detach().cpu()
+        scales = torch.as_tensor(_from_array("cfg_scale", cfg_scale)).detach().cpu()
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"cfg_scale = {cfg_scale!r}: must be a float or one float per sample") from None
     if scales.dtype == torch.bool or scales.is_complex():
@@ -290,6 +298,7 @@ def check_guidance_channels(guidance_channels, config) -> int:
 
 
 def check_seeds(seed, start_index: int, total: int) -> list[int]:
+    seed = _from_array("seed", seed)
     if isinstance(seed, Tensor):
         seed = seed.tolist()
     if isinstance(seed, (list, tuple)):

@@ -52,6 +52,8 @@ def make_config(**overrides) -> SimpleNamespace:
         "sdtm_blocks": (1, 2, 1, 1),
         "num_dense_blocks": 1,
         "reinject_position": False,
+        "timestep_shift": 0,
+        "mlp_norm_eps": 1e-6,
         "schedule": None,
     }
     if unknown := set(overrides) - set(values):
@@ -142,6 +144,7 @@ VARIANTS = {
     "position again": {"reinject_position": True},
     "several generation and recovery blocks": {"sdtm_blocks": (2, 1, 2, 0), "reinject_position": True},
     "no sparse and no dense block": {"sdtm_blocks": (1, 0, 1, 0), "num_dense_blocks": 0, "num_pooling_blocks": 0},
+    "diffusers' constants": {"timestep_shift": 1, "mlp_norm_eps": 1e-2, "num_sdtm": 1},
     "DiT": {"num_sdtm": 0, "num_pooling_blocks": 0, "num_dense_blocks": 3},
     "pooling only": {"num_sdtm": 0, "num_pooling_blocks": 2, "num_dense_blocks": 0},
     "noise alone, no null class": {"learn_sigma": False, "class_dropout_prob": 0.0},

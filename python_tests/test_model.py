@@ -160,7 +160,7 @@ def test_core_equals_module(overrides, dtype):
     model = random_model(dtype, **overrides)
     x, t, y = model_inputs(model.config, 3, dtype)
     expected = forward_backward(model, x, t, y, RAGGED)
-    features = _block_ops.timestep_features(t, dtype)
+    features = _block_ops.timestep_features(t, dtype, model.config.timestep_shift)
     sparse = TokenLayout(RAGGED) if model.config.num_sdtm else None
     grad = randn(*expected.out.shape, seed=77).to(dtype)
     actual = core_forward_backward(model, x, t, y, sparse, grad, features)

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch._dynamo.testing
 from helpers import model_inputs, randn, random_model, relative_error
 
 from flexdit_ext import DensitySchedule

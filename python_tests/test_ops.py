@@ -143,8 +143,10 @@ def test_spare_rows(key, backend, device):
 
     actual = evaluate(function, wide, op.rest(*map(widened, layouts), case.heads), grad)
     has_rows = [out_has_rows, *(shape in rows for shape in op.shapes)]
+    # To the bit, but cuBLASLt may sum more rows in another order.
+    limit = 2e-6 if backend == "cuda" and key == "recover_tokens" else 0
     for name, a, b, spares in zip(("out", *op.shapes), actual, expected, has_rows, strict=True):
-        assert torch.equal(a[: len(b)], b), f"{name}: spare rows leak into the result"
+        assert relative_error(a[: len(b)], b) <= limit, f"{name}: spare rows leak into the result"
         assert not spares or (len(a) == len(b) + spare and not a[len(b) :].any()), f"{name}: spare rows are not zero"
 
 

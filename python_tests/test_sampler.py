@@ -47,11 +47,11 @@ class ScheduledReference(nn.Module):
         return self.reference(x, t, y, grid)
 
 
-def rounded_features(t, dtype):
+def rounded_features(t, dtype, shift=0):
     """timestep_features with every operation rounded as csrc/cpu/embed_cpu.cpp does it. torch's float32 exp is an ulp
     off now and then, which times t = 1000 is 6e-5 of an angle: more than all else between the two."""
     half = _block_ops.TIMESTEP_FEATURES // 2
-    exponents = torch.tensor(-math.log(10000)) * torch.arange(half, dtype=torch.float32) / half
+    exponents = torch.tensor(-math.log(10000)) * torch.arange(half, dtype=torch.float32) / (half - shift)
     angles = (t.float()[:, None] * exponents.double().exp().float()).double()
     return torch.cat([angles.cos(), angles.sin()], dim=1).float().to(dtype)
 
@@ -397,3 +397,12 @@ def test_a_longer_process_than_the_schedules_is_refused():
     short_schedule = Sampler(model_of(schedule=DensitySchedule([(2, 2)], num_timesteps=500)))
     with pytest.raises(ValueError, match=r"timestep is 999, must lie in \[0, 500\]"):
         short_schedule.sample([1], 5)
+
+
+def test_grids_of_other_sizes_are_held_to_their_own_dense_grid():
+    session = Sampler(model_of()).session()
+    side, size = session._config.dense_grid[0], session._config.input_size
+    session.add(0, steps=2, size=(2 * size, size), grid=(2 * side, 1))
+    for grid in ((2 * side + 1, 1), (1, side + 1)):
+        with pytest.raises(ValueError, match="grid has the sparse grid"):
+            session.add(0, steps=2, size=(2 * size, size), grid=grid)

@@ -46,7 +46,7 @@ void timestep_embedding(const TimestepEmbedding& p, int threads) {
     for (int64_t b = 0; b < p.out.rows; ++b) {
       T* out = row<T>(p.out, b);
       for (int64_t i = 0; i < half; ++i) {
-        const float exponent = -9.2103404f * float(i) / float(half);  // -ln 10000
+        const float exponent = -9.2103404f * float(i) / float(half - p.shift);  // -ln 10000
         const float angle = float(p.t[b]) * float(std::exp(double(exponent)));
         store(out, i, float(std::cos(double(angle))));
         store(out, half + i, float(std::sin(double(angle))));

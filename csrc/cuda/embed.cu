@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kElementThreads) timestep_kernel(TimestepEmbed
   await_predecessor();
   const int64_t half = p.out.cols / 2, i = element_of_thread() % half, b = element_of_thread() / half;
   if (b >= p.out.rows) return;
-  const float exponent = -9.2103404f * float(i) / float(half);  // -ln 10000
+  const float exponent = -9.2103404f * float(i) / float(half - p.shift);  // -ln 10000
   const float angle = float(p.t[b]) * float(exp(double(exponent)));
   T* out = row<T>(p.out, b) + i;
   out[0] = from_float<T>(float(cos(double(angle))));

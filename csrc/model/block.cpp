@@ -155,9 +155,14 @@ Attention attention_of(const BlockForward& p, const Context& k) {
 }
 
 void normalize(const Matrix& x, const TokenLayout& layout, const Matrix& modulation, Part shift, const Matrix& y,
-               const Execution& exec) {
+               const Execution& exec, double eps = kLayerNormEps) {
   modulated_layer_norm(
-      {.x = x, .shift = part(modulation, shift), .scale = part(modulation, Part(shift + 1)), .layout = layout, .y = y},
+      {.x = x,
+       .shift = part(modulation, shift),
+       .scale = part(modulation, Part(shift + 1)),
+       .layout = layout,
+       .y = y,
+       .eps = eps},
       exec);
 }
 
@@ -280,7 +285,7 @@ void apply_backward(const Layer& layer, const Layer& grad, const Matrix& x, cons
 
 void backward_normalize(const Matrix& x, const TokenLayout& layout, const Context& k, const BackwardWorkspace& w,
                         Part shift, const Matrix& grad_y, const Matrix& residual, const Matrix& grad_x,
-                        bool accumulate_modulation, const Execution& exec) {
+                        bool accumulate_modulation, const Execution& exec, double eps = kLayerNormEps) {
   modulated_layer_norm_backward({.x = x,
                                  .scale = part(k.modulation, Part(shift + 1)),
                                  .layout = layout,
@@ -290,6 +295,7 @@ void backward_normalize(const Matrix& x, const TokenLayout& layout, const Contex
                                  .grad_shift = part(w.grad_modulation, shift),
                                  .grad_scale = part(w.grad_modulation, Part(shift + 1)),
                                  .accumulate_modulation = accumulate_modulation,
+                                 .eps = eps,
                                  .workspace = w.statistics},
                                 exec);
 }
@@ -314,9 +320,9 @@ void backward_mlp(const BlockBackward& p, const Roles& w, const Roles& grad, con
                    .gelu_input = k.h,
                    .workspace = ws.linear},
                   exec);
-  normalize(k.x1, p.layout, k.modulation, kShift2, ws.n, exec);
+  normalize(k.x1, p.layout, k.modulation, kShift2, ws.n, exec, p.mlp_norm_eps);
   apply_backward(w.fc1, grad.fc1, ws.n, ws.grad_h, ws.grad_n, ws.linear, exec);
-  backward_normalize(k.x1, p.layout, k, ws, kShift2, ws.grad_n, p.grad_out, p.grad_x, false, exec);
+  backward_normalize(k.x1, p.layout, k, ws, kShift2, ws.grad_n, p.grad_out, p.grad_x, false, exec, p.mlp_norm_eps);
 }
 
 // grad_x holds the gradient of x1 and becomes that of x.
@@ -462,7 +468,8 @@ void block_forward(const BlockForward& p, const Execution& exec) {
                   .shift = part(k.modulation, kShift2),
                   .scale = part(k.modulation, kScale2),
                   .normed = ws.n,
-                  .y_per_sample = p.shape.kind == BlockKind::pooling},
+                  .y_per_sample = p.shape.kind == BlockKind::pooling,
+                  .eps = p.mlp_norm_eps},
                  exec);
   if (keeps_context) {
     linear({.x = ws.n,

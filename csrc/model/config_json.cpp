@@ -25,7 +25,8 @@ struct Fields {
   int64_t input_size = 32, patch_size = 2, in_channels = 4, hidden_size = 1152, num_heads = 16, num_classes = 1000;
   int64_t num_pooling_blocks = 2, num_sdtm = 4, num_dense_blocks = 2;
   std::vector<int64_t> sdtm_blocks = {1, 3, 1, 1};
-  double mlp_ratio = 4, class_dropout_prob = 0.1;
+  int64_t timestep_shift = 0;
+  double mlp_ratio = 4, class_dropout_prob = 0.1, mlp_norm_eps = kLayerNormEps;
   bool learn_sigma = true, reinject_position = false;
   std::optional<Segments> schedule;
 };
@@ -45,6 +46,7 @@ constexpr IntegerField kIntegers[] = {
     {"num_pooling_blocks", &Fields::num_pooling_blocks, 0},
     {"num_sdtm", &Fields::num_sdtm, 0},
     {"num_dense_blocks", &Fields::num_dense_blocks, 0},
+    {"timestep_shift", &Fields::timestep_shift, 0, 1},
 };
 
 bool is_null(io::JsonReader& json) {
@@ -94,6 +96,8 @@ void read_field(io::JsonReader& json, const std::string& key, Fields& fields) {
     fields.mlp_ratio = json.real();
   } else if (key == "class_dropout_prob") {
     fields.class_dropout_prob = json.real();
+  } else if (key == "mlp_norm_eps") {
+    fields.mlp_norm_eps = json.real();
   } else if (key == "learn_sigma") {
     fields.learn_sigma = json.boolean();
   } else if (key == "reinject_position") {
@@ -125,6 +129,8 @@ void check(const Fields& f) {
   require(f.num_pooling_blocks + f.num_sdtm + f.num_dense_blocks > 0, "the model has no blocks");
   require(f.class_dropout_prob >= 0 && f.class_dropout_prob < 1,
           "class_dropout_prob is " + std::to_string(f.class_dropout_prob) + ", must be at least 0 and below 1");
+  require(f.mlp_norm_eps > 0 && f.mlp_norm_eps < 1,
+          "mlp_norm_eps is " + std::to_string(f.mlp_norm_eps) + ", must be above 0 and below 1");
   const double units = static_cast<double>(f.hidden_size) * f.mlp_ratio;
   require(units >= 1 && units <= static_cast<double>(kMostClasses),
           "mlp_ratio is " + std::to_string(f.mlp_ratio) + ", must give at least one unit and at most 2^31 - 1");
@@ -147,7 +153,9 @@ Config config_of(const Fields& f) {
           .recovery_blocks = f.sdtm_blocks[2],
           .dense_blocks = f.sdtm_blocks[3],
           .num_dense_blocks = f.num_dense_blocks,
-          .reinject_position = f.reinject_position};
+          .reinject_position = f.reinject_position,
+          .timestep_shift = f.timestep_shift,
+          .mlp_norm_eps = f.mlp_norm_eps};
 }
 
 DensitySchedule schedule_of(const Fields& f, Grid dense) {

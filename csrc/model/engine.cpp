@@ -167,7 +167,7 @@ void Engine::place(const std::vector<Occupant>& occupants) {
   }
   if (moves)
     for (Buffer* buffer : {&x_, &x0_}) {
-      copy_bytes(spare_.data(), buffer->data(), std::min(old_values * size, spare_.bytes()), exec_);
+      copy_bytes(spare_.data(), buffer->data(), old_values * size, exec_);  // reserve_model has made room
       offset = 0;
       for (const Occupant& o : occupants) {
         if (const auto found = before.find(o.id); found != before.end())

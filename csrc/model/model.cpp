@@ -273,7 +273,7 @@ int64_t model_modulation_workspace_bytes(const Config& config, int64_t samples, 
 void model_modulation(const ModelModulation& p, const Execution& exec) {
   Arena arena(p.workspace);
   const auto w = plan_modulation(p.config, p.out.rows, p.out.dtype, arena);
-  timestep_embedding({.t = p.t, .out = w.features}, exec);
+  timestep_embedding({.t = p.t, .out = w.features, .shift = p.config.timestep_shift}, exec);
   condition_forward({.parameters = p.parameters.subspan(kCondition, 5),
                      .features = w.features,
                      .labels = p.labels,

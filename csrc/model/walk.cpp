@@ -146,7 +146,7 @@ void Walk::embed() {
   void* workspace = temporary(condition_workspace_bytes(p_.batch, c_.hidden, c_.timestep_features, p_.dtype));
   if (!exec_) return;
   if (!fuses_norms()) {
-    if (!p_.timestep_features) timestep_embedding({.t = p_.t, .out = features}, *exec_);
+    if (!p_.timestep_features) timestep_embedding({.t = p_.t, .out = features, .shift = c_.timestep_shift}, *exec_);
     condition_forward({.parameters = parameters(kCondition, 5),
                        .features = p_.timestep_features ? p_.timestep_features : features,
                        .labels = p_.labels,
@@ -204,7 +204,8 @@ BlockForward Walk::forward_of(const BlockCall& call, void* workspace) const {
           .out = call.out,
           .context = call.context,
           .workspace = workspace,
-          .prepared = keeps_ ? BlockPrepared{} : prepared_for(call)};
+          .prepared = keeps_ ? BlockPrepared{} : prepared_for(call),
+          .mlp_norm_eps = c_.mlp_norm_eps};
 }
 
 }  // namespace flexdit

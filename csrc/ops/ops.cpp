@@ -1,6 +1,8 @@
 // Every operation but those of sampling.cpp: check the views, then switch to the device.
 #include "flexdit/ops.h"
 
+#include <algorithm>
+
 #include "ops/checker.h"
 
 namespace flexdit {
@@ -342,6 +344,8 @@ void timestep_embedding(const TimestepEmbedding& p, const Execution& exec) {
   check.matrix("out", p.out, p.out.rows, p.out.cols);
   check.holds(p.out.cols % 2 == 0, "out has " + std::to_string(p.out.cols) + " columns, must be even");
   check.holds(p.t != nullptr || p.out.rows == 0, "t is missing");
+  check.holds(p.shift >= 0 && p.shift < std::max<int64_t>(p.out.cols / 2, 1),
+              "shift is " + std::to_string(p.shift) + ", must lie in [0, " + std::to_string(p.out.cols / 2) + ")");
   FLEXDIT_RUN(cpu::kernels().timestep_embedding, cuda::timestep_embedding);
 }
 

@@ -12,13 +12,14 @@ Matrix token_rows(py::handle tensor, const TokenLayout& layout, const Execution&
 // The fields that a block's forward and backward share.
 BlockForward block_fields(BlockKind kind, const std::vector<Matrix>& parameters, int64_t num_heads, py::handle x,
                           py::handle other, py::handle condition, py::handle table, py::handle other_table,
-                          const Execution& exec) {
+                          double mlp_norm_eps, const Execution& exec) {
   BlockForward p;
   p.layout = layout(table), p.other_layout = layout(other_table);
   p.x = token_rows(x, p.layout, exec);
   p.other = token_rows(other, p.other_layout, exec);
   p.condition = matrix(condition);
   p.parameters = parameters;
+  p.mlp_norm_eps = mlp_norm_eps;
   if (parameters.size() < 4) throw ArgumentError("parameters holds too few tensors for a block");
   const Matrix& fc2 = parameters[parameters.size() - 2];
   p.shape = {.kind = kind,
@@ -51,10 +52,11 @@ void bind_blocks(py::module_& m) {
   });
   m.def("block_forward",
         [](BlockKind kind, const py::sequence& parameters, int64_t num_heads, py::object x, py::object other,
-           py::object condition, py::object position, py::object table, py::object other_table, py::object out,
-           py::object context, py::object workspace, const Execution& exec) {
+           py::object condition, py::object position, py::object table, py::object other_table, double mlp_norm_eps,
+           py::object out, py::object context, py::object workspace, const Execution& exec) {
           const auto list = matrices(parameters);
-          BlockForward p = block_fields(kind, list, num_heads, x, other, condition, table, other_table, exec);
+          BlockForward p =
+              block_fields(kind, list, num_heads, x, other, condition, table, other_table, mlp_norm_eps, exec);
           p.position = matrix(position);
           p.out = token_rows(out, p.layout, exec);
           p.context = pointer<void>(context), p.workspace = pointer<void>(workspace);
@@ -66,12 +68,13 @@ void bind_blocks(py::module_& m) {
         });
   m.def("block_backward",
         [](BlockKind kind, const py::sequence& parameters, int64_t num_heads, py::object x, py::object other,
-           py::object condition, py::object table, py::object other_table, py::object context, py::object grad_out,
-           py::object grad_x, py::object grad_other, py::object grad_condition, const py::sequence& grad_parameters,
+           py::object condition, py::object table, py::object other_table, double mlp_norm_eps, py::object context,
+           py::object grad_out, py::object grad_x, py::object grad_other, py::object grad_condition, const py::sequence& grad_parameters,
            py::object workspace, const Execution& exec) {
           const auto list = matrices(parameters), grads = matrices(grad_parameters);
           BlockBackward p;
-          static_cast<BlockForward&>(p) = block_fields(kind, list, num_heads, x, other, condition, table, other_table, exec);
+          static_cast<BlockForward&>(p) =
+              block_fields(kind, list, num_heads, x, other, condition, table, other_table, mlp_norm_eps, exec);
           p.context = pointer<void>(context), p.workspace = pointer<void>(workspace);
           p.grad_out = token_rows(grad_out, p.layout, exec), p.grad_x = token_rows(grad_x, p.layout, exec);
           p.grad_other = token_rows(grad_other, p.other_layout, exec);
@@ -212,7 +215,9 @@ void bind_whole_model(py::module_& m) {
       .def_readwrite("recovery_blocks", &Config::recovery_blocks)
       .def_readwrite("dense_blocks", &Config::dense_blocks)
       .def_readwrite("num_dense_blocks", &Config::num_dense_blocks)
-      .def_readwrite("reinject_position", &Config::reinject_position);
+      .def_readwrite("reinject_position", &Config::reinject_position)
+      .def_readwrite("timestep_shift", &Config::timestep_shift)
+      .def_readwrite("mlp_norm_eps", &Config::mlp_norm_eps);
   m.def("model_parameters", [](const Config& config) {
     std::vector<std::tuple<std::string, int64_t, int64_t>> specs;
     for (const auto& spec : model_parameters(config)) specs.emplace_back(spec.name, spec.rows, spec.cols);

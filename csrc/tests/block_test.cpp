@@ -25,6 +25,7 @@ struct Inputs {
   Values x, other, condition, position, grad_out;
   std::vector<Values> parameters;
   bool strided = true;  // tokens lie as columns of a wider matrix
+  double mlp_norm_eps = kLayerNormEps;
 
   BlockShape shape(DType dtype) const {
     return {.kind = kind,
@@ -102,7 +103,8 @@ struct Stored {
             .position = in.position.rows ? position.view() : Matrix{},
             .out = out.view(),
             .context = context,
-            .workspace = workspace};
+            .workspace = workspace,
+            .mlp_norm_eps = in.mlp_norm_eps};
   }
 };
 
@@ -222,6 +224,7 @@ std::vector<Inputs> small_inputs() {
   for (BlockKind kind : kKinds) all.push_back(make(kind, 12, 48, 3));
   all.push_back(make(BlockKind::recovery, 12, 48, 2, true));
   all.push_back(make(BlockKind::dense, 15, 24, 1));
+  all.back().mlp_norm_eps = 0.1;
   return all;
 }
 std::vector<Inputs> wide_inputs() {

@@ -236,6 +236,9 @@ TEST_CASE(defaults_of_the_configuration) {
   CHECK(c.num_sdtm == wanted.num_sdtm && c.sparse_blocks == wanted.sparse_blocks && !c.reinject_position);
   CHECK(d.schedule == DensitySchedule({{1, 10, 10}, {1, 8, 8}, {1, 7, 7}, {1, 6, 6}}));
   CHECK(d.num_classes == 1000 && d.has_null_class);
+  CHECK(c.timestep_shift == 0 && c.mlp_norm_eps == 1e-6);
+  const Config diffusers = parse(R"({"timestep_shift": 1, "mlp_norm_eps": 1e-5})").config;
+  CHECK(diffusers.timestep_shift == 1 && diffusers.mlp_norm_eps == 1e-5);
   CHECK(parse(R"({"schedule": null})").schedule == d.schedule);
   CHECK(!parse(R"({"class_dropout_prob": 0.0})").has_null_class);
   CHECK_EQ(parse(R"({"class_dropout_prob": 0})").config.label_rows, 1000);
@@ -254,6 +257,8 @@ TEST_CASE(configurations_that_are_none) {
       {"null", "is null, must be an object"},
       {"{} {}", "nothing may follow"},
       {R"({"no_such_key": 1})", "'no_such_key': FlexDiTConfig has no such field"},
+      {R"({"timestep_shift": 2})", "'timestep_shift': is"},
+      {R"({"mlp_norm_eps": 0})", "mlp_norm_eps is 0"},
       {R"({"hidden_size": "8"})", "'hidden_size': is a string, must be a number"},
       {R"({"hidden_size": null})", "'hidden_size': is null"},
       {R"({"hidden_size": 8.0})", "'hidden_size': is '8.0', must be an integer"},

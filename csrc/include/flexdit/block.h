@@ -66,6 +66,7 @@ struct BlockForward {
   void* context = nullptr;    // block_context_bytes(shape) for backward, or null: nothing is kept
   void* workspace = nullptr;  // block_workspace_bytes(shape, context != nullptr)
   BlockPrepared prepared = {};
+  double mlp_norm_eps = kLayerNormEps;
 };
 
 struct BlockBackward : BlockForward {  // out is not used, context is read

@@ -21,6 +21,8 @@ struct Config {
   int64_t num_dense_blocks = 2;
   bool reinject_position = false;
   int64_t timestep_features = 256;
+  int64_t timestep_shift = 0;           // TimestepEmbedding's; diffusers' DiT has 1
+  double mlp_norm_eps = kLayerNormEps;  // of the layer norms before the MLPs; diffusers' DiT has 1e-5
 
   Grid dense_grid() const {
     return {1, static_cast<int32_t>(input_height / patch_size), static_cast<int32_t>(input_width / patch_size)};

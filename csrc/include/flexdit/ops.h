@@ -15,7 +15,7 @@ namespace flexdit {
 constexpr double kLayerNormEps = 1e-6;
 
 // A weight [N, K] in the order of oneDNN's choice, which saves a pass over it in every product. CPU only, float32 and
-// bfloat16; a product with it is the same to the bit.
+// bfloat16.
 class PackedWeight;
 struct PackedWeightDeleter {
   void operator()(const PackedWeight* weight) const;
@@ -230,11 +230,12 @@ struct Patches {
 void patchify(const Patches& p, const Execution& exec);    // image -> rows
 void unpatchify(const Patches& p, const Execution& exec);  // rows -> image
 
-// out[b] = [cos(t w), sin(t w)], w_i = 10000^(-i / (D/2)), in float32 whatever the storage, as pretrained DiTs were
-// trained: t w reaches 1000, so the rounding shows. Source: DiT's TimestepEmbedder (after GLIDE).
+// out[b] = [cos(t w), sin(t w)], w_i = 10000^(-i / (D/2 - shift)), in float32 whatever the storage, as pretrained DiTs
+// were trained: t w reaches 1000, so the rounding shows. Source: DiT's TimestepEmbedder (after GLIDE).
 struct TimestepEmbedding {
   const double* t = nullptr;  // [B]
   Matrix out;                 // [B, D], D even, written
+  int64_t shift = 0;          // below D/2; 1 in DiTs that diffusers has trained
 };
 void timestep_embedding(const TimestepEmbedding& p, const Execution& exec);
 

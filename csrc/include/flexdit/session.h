@@ -2,7 +2,6 @@
 // and image size advance together, each at its own timestep and on its own sparse grid.
 #pragma once
 
-#include <functional>
 #include <memory>
 #include <optional>
 #include <vector>

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from . import _C, __version__
-from ._cli_sample import DTYPES, count, default_device, device
+from .cli_sample import DTYPES, count, default_device, device
 from .config import _PRESETS, FlexDiTConfig
 from .model import FlexDiT
 from .sampler import Sampler
@@ -29,7 +29,16 @@ EPILOG = "The repository's bench/ folder compares with other implementations; th
 _MEASURED_STEPS = 8  # of a trajectory: two for every segment of the schedule
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="measure the Sampler on this machine",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
     parser.add_argument(
         "--preset", choices=[f"{name}/2" for name in _PRESETS], default="S/2", help="default %(default)s"
     )

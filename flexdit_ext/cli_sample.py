@@ -74,7 +74,16 @@ def default_device() -> torch.device:
     return torch.device("cuda" if CUDA_ARCHITECTURES and torch.cuda.is_available() else "cpu")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "sample",
+        help="draw images from a checkpoint",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
     files = parser.add_argument_group("files")
     files.add_argument("--checkpoint", required=True, metavar="DIR", help="save_pretrained's folder or weights file")
     files.add_argument("--out", required=True, metavar="DIR", help="folder for the images, made where it is missing")
