@@ -360,7 +360,7 @@ def test_usable_after_an_interruption(interruption, monkeypatch):
     ({"grid": (2, 2, 2)}, ValueError, "grid"),
     ({"size": (12, 13)}, ValueError, r"size is \(12, 13\), must be \(height, width\): multiples of the patch size 2"),
     ({"size": 12}, TypeError, "size"),
-    ({"size": (8, 8), "grid": (5, 4)}, ValueError, r"grid has the sparse grid \(5, 4\), at most the dense grid \(4, 4\)"),
+    ({"size": (8, 8), "grid": (5, 4)}, ValueError, r"grid has the sparse grid \(5, 4\), at most the dense.*\(4, 4\)"),
     ({"guidance_interval": (5, 1)}, ValueError, "guidance_interval"),
     ({"guidance_interval": 5}, TypeError, "guidance_interval"),
     ({"guidance_interval": (0, math.inf)}, ValueError, r"guidance_interval\[1\]"),

@@ -360,7 +360,7 @@ BAD = [
     ({"size": (12.0, 12)}, TypeError, "size"),
     ({"size": (2, 12, 12)}, ValueError, "size"),
     ({"grid": (7, 6)}, ValueError, r"grid has the sparse grid \(7, 6\), at most the dense grid \(6, 6\)"),
-    ({"grid": (5, 1), "size": (8, 8)}, ValueError, r"grid has the sparse grid \(5, 1\), at most the dense grid \(4, 4\)"),
+    ({"grid": (5, 1), "size": (8, 8)}, ValueError, r"grid has the sparse grid \(5, 1\), at most the dense.*\(4, 4\)"),
     ({"grid": (0, 1)}, ValueError, "grid"),
     ({"grid": (2, 2, 2)}, ValueError, "grid"),
     ({"grid": [(2, 2)]}, TypeError, "grid"),
