@@ -1,66 +1,75 @@
-"""Files that appear whole or not at all, and pictures as PNG."""
+"""Folders of files that appear all or not at all, and pictures as PNG."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """`write` fills a temporary file beside `path`, which is then renamed. On any failure nothing is left of it.
+@contextlib.contextmanager
+def all_or_nothing(folder: str | os.PathLike) -> Iterator[Path]:
+    """A temporary folder within `folder`, which is made where it is missing. What is written there moves into `folder`
+    when the block ends well, replacing files of the same names; otherwise nothing is left, nor of folders made here.
+    A killed process may leave a folder .writing-*, which can be deleted.
 
-    Raises OSError naming the path.
+    Raises OSError naming the folder, at once where it cannot be written to.
     """
-    temporary = None
+    folder = Path(folder)
+    made = []
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".writing-", delete=False) as file:
-            temporary = Path(file.name)
-            write(file)
+        try:
+            made = [path for path in (folder, *folder.parents) if not path.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            staging = tempfile.TemporaryDirectory(prefix=".writing-", dir=folder)
+        except OSError as error:
+            raise OSError(error.errno, f"cannot write to the folder {folder}: {error.strerror or error}") from error
+        with staging:
+            yield Path(staging.name)
+            names = sorted(os.listdir(staging.name))
+            for name in names:
+                if (folder / name).is_dir():
+                    raise OSError(f"cannot write {folder / name}: it is a folder")
+            for name in names:
+                os.replace(Path(staging.name, name), folder / name)
+    except BaseException:  # Ctrl-C too
+        for path in made:
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                path.rmdir()
+        raise
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Into a folder of all_or_nothing. Raises OSError naming the file and the folder it was meant for."""
+    try:
+        with open(path, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())  # a full disk may show only now
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # tempfile's files are private
-        os.replace(temporary, path)
     except OSError as error:
-        raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def writable_folder(path: str | os.PathLike) -> Path:
-    """The folder, made where it is missing, after a file could be written there. Raises OSError naming it."""
-    path = Path(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            return path
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write to the folder {path}: {error.strerror or error}") from error
+        raise OSError(
+            error.errno, f"cannot write {path.name} to {path.parent.parent}: {error.strerror or error}"
+        ) from error
 
 
 def to_pixels(images: Tensor) -> np.ndarray:
     """Images [n, 1 or 3, H, W] in [-1, 1], what is beyond clamped, as uint8 [n, H, W, 1 or 3]."""
-    bad = (~images.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(f"image {bad[0]} has values that are not finite: the model or its guidance diverged")
     pixels = (images.float().clamp(-1, 1) + 1) * 127.5
     return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def arrange(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
-    """One picture [H, W, c] of images [n, h, w, c] in rows of `columns`, white between them."""
-    count, height, width, channels = images.shape
-    columns = min(columns, count)
-    rows = -(-count // columns)
+def arrange(images: list[np.ndarray], columns: int, gap: int = 2) -> np.ndarray:
+    """One picture [H, W, c] of images [h, w, c] in rows of `columns`, white between them."""
+    height, width, channels = images[0].shape
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
     picture = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, np.uint8)
     for i, image in enumerate(images):
         top, left = i // columns * (height + gap), i % columns * (width + gap)
@@ -68,12 +77,12 @@ def arrange(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
     return picture
 
 
-def write_png(path: Path, pixels: np.ndarray, text: dict[str, str]) -> None:
-    """uint8 [H, W, 1 or 3] with `text` in the file's tEXt chunks. Raises OSError, ImportError without Pillow."""
+def png(pixels: np.ndarray, text: dict[str, str] | None = None) -> bytes:
+    """A PNG file of uint8 [H, W, 1 or 3], `text` in its tEXt chunks. Raises ImportError without Pillow."""
     from PIL import Image, PngImagePlugin
 
-    info = PngImagePlugin.PngInfo()
-    for key, value in text.items():
+    info, file = PngImagePlugin.PngInfo(), io.BytesIO()
+    for key, value in (text or {}).items():
         info.add_text(key, value)
-    picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-    write_whole(path, lambda file: picture.save(file, format="PNG", pnginfo=info))
+    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(file, format="PNG", pnginfo=info)
+    return file.getvalue()

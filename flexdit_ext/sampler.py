@@ -53,7 +53,7 @@ class Sampler:
         state = model.state_dict()
         require_device("Sampler", model=state["pos_embed"])
         self.device = state["pos_embed"].device
-        self.dtype = _check_dtype(state["pos_embed"].dtype if dtype is None else dtype, self.device)
+        self.dtype = check_dtype(state["pos_embed"].dtype if dtype is None else dtype, self.device)
         self._modulation_bytes = check_count("modulation_bytes", modulation_bytes, 1, 2**62)
         names = [name for name, _, _ in _C.model_parameters(self.config.core)]
         parameters = [state[name].detach().to(self.dtype).contiguous() for name in names]
@@ -102,7 +102,7 @@ class Sampler:
         total = len(labels)
         scales = check_cfg_scale(cfg_scale, total, self.config)
         seeds = check_seeds(seed, check_int("start_index", start_index, 0, 2**62), total)
-        size = None if size is None else _check_size(size, self.config)
+        size = None if size is None else check_size(size, self.config)
         grids = check_grids(grid, total)
         for name, one in _named_grids(grids):
             self.config.check_sparse_grid(name, one, _dense_grid(size, self.config))
@@ -189,7 +189,7 @@ class Session:
         Raises QueueFull when queue_capacity requests wait, TypeError or ValueError naming the argument.
         """
         config = self._config
-        size = None if size is None else _check_size(size, config)
+        size = None if size is None else check_size(size, config)
         if grid is not None:
             grid = config.check_sparse_grid("grid", check_grid("grid", grid), _dense_grid(size, config))
         scales = check_cfg_scale(cfg_scale, 1, config)
@@ -260,7 +260,7 @@ class Session:
         return self._core.queued
 
 
-def _check_dtype(dtype, device: torch.device) -> torch.dtype:
+def check_dtype(dtype, device: torch.device) -> torch.dtype:
     known = DTYPES[device.type]
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype is {dtype!r}, must be a torch.dtype or None")
@@ -274,7 +274,7 @@ def _check_id(request) -> int:
     return check_int("request", request, -(2**63), 2**63 - 1)  # any int may be asked for
 
 
-def _check_size(size, config) -> tuple[int, int]:
+def check_size(size, config) -> tuple[int, int]:
     size = check_grid("size", size)
     if len(size) != 2 or any(side % config.patch_size or side > _MAX_SIDE for side in size):
         raise ValueError(
