@@ -109,6 +109,7 @@ class Sampler:
         batch_size = total if batch_size is None else check_int("batch_size", batch_size, 1, 2**31 - 1)
         table = _table(self.config, sampler, steps, eta, clip_x0)
         interval = check_interval(guidance_interval)
+        channels = check_guidance_channels(guidance_channels, self.config)
 
         def request(i: int) -> tuple:
             scale = 1.0 if scales is None else float(scales[i])
@@ -117,7 +118,7 @@ class Sampler:
 
         passes = math.ceil(total / batch_size) * len(table)
         with self._lock, progress_bar(progress, passes) as tick:
-            session, ids = self._kept_session(batch_size, guidance_channels), []
+            session, ids = self._kept_session(batch_size, channels), []
             try:
                 ids = [session._add(*request(i)) for i in range(total)]
                 while session.step():
@@ -128,9 +129,9 @@ class Sampler:
                 self._session = None
                 raise
 
-    def _kept_session(self, batch_size: int, guidance_channels: int | str | None) -> Session:
+    def _kept_session(self, batch_size: int, guidance_channels: int) -> Session:
         """The last call's session if it fits, because it has the plans and captured graphs."""
-        key = (batch_size, check_guidance_channels(guidance_channels, self.config))
+        key = (batch_size, guidance_channels)
         if self._session is None or self._session[0] != key:
             self._session = None  # give its memory back first
             self._session = (key, self.session(batch_size, 2**62, guidance_channels=guidance_channels))
