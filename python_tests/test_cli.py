@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from devices import on
 from helpers import tiny_model
 from PIL import Image
 
@@ -195,6 +196,16 @@ def test_through_an_autoencoder(constants, checkpoints, tmp_path):
     drawn = np.stack([pixels_of(files[name]) for name in sorted(files)[:3]]).astype(int)
     assert np.abs(drawn - as_pixels(images)).max() <= 1 and drawn.std() > 2  # torch may round a batch otherwise
     assert sorted(files)[3:] == ["grid.png"]
+
+
+@pytest.mark.parametrize("name", [on("cuda", "cuda")])
+def test_on_a_gpu(name, tmp_path):
+    tiny_model(hidden_size=32).save_pretrained(tmp_path / "model")
+    drawn = [
+        np.stack([pixels_of(path).astype(int) for _, path in sorted(files.items())[:3]])
+        for files in (draw(tmp_path / "model", tmp_path / where, device=where) for where in ("cpu", name))
+    ]
+    assert np.abs(drawn[0] - drawn[1]).max() <= 1
 
 
 def test_progress_and_what_was_written(checkpoints, tmp_path, capsys):

@@ -95,6 +95,7 @@ def test_info(capsys):
     assert lines == [f"{name:14} {value}" for name, value in values.items()]
     assert values["flexdit_ext"] == flexdit_ext.__version__ and torch.__version__ in values["torch"]
     assert {"CPU backend", "CUDA backend", "threads", "machine"} <= values.keys()
+    assert "oneDNN" in values["CPU backend"] and "instruction set" in values["CPU backend"]
 
 
 def test_commands(capsys):
