@@ -1,6 +1,8 @@
 """A rank of test_lora's run on two processes: segment adapters under DDP and FSDP2 against one process, where no rank
 has samples of every segment."""
 
+import sys
+
 import torch
 import torch.distributed as dist
 from helpers import model_inputs, randn, tiny_model
@@ -29,7 +31,7 @@ def gradients(model, x, t, y):
 
 
 def main():
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=int(sys.argv[2]), world_size=2)
     x, _, y = model_inputs(adapted_model().config, 4, torch.float64)
     t = torch.tensor([10, 400, 20, 999])  # segments 0 and 1 on one rank, 0 and 2 on the other
     expected = gradients(adapted_model(), x, t, y)
