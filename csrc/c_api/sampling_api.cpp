@@ -86,28 +86,26 @@ Struct options_from(const Struct* given, const Struct& defaults, const char* nam
 Execution execution_from(const flexdit_model_options& o) {
   require(o.device == FLEXDIT_CPU || o.device == FLEXDIT_CUDA,
           "options.device is " + std::to_string(o.device) + ", must be FLEXDIT_CPU, 0, or FLEXDIT_CUDA, 1");
-  require(o.threads >= 0 && o.threads <= kMaxThreads, "options.threads is " + std::to_string(o.threads) +
-                                                          ", must lie in [0, " + std::to_string(kMaxThreads) + "]");
-  require(o.device_index >= 0,
-          "options.device_index is " + std::to_string(o.device_index) + ", must be at least 0");
+  require(o.threads >= 0 && o.threads <= kMaxThreads,
+          "options.threads is " + std::to_string(o.threads) + ", must lie in [0, " + std::to_string(kMaxThreads) + "]");
+  require(o.device_index >= 0, "options.device_index is " + std::to_string(o.device_index) + ", must be at least 0");
   return {static_cast<Device>(o.device), static_cast<int>(o.threads), o.device_index, o.stream};
 }
 
 SampleRequest request_from(const flexdit_request& r, const Config& config) {
   require(r.sampler >= FLEXDIT_DDIM && r.sampler <= FLEXDIT_HEUN,
           "request.sampler is " + std::to_string(r.sampler) + ", must be one of flexdit_sampler, 0 to 4");
-  require(r.clip_x0 == 0 || r.clip_x0 == 1,
-          "request.clip_x0 is " + std::to_string(r.clip_x0) + ", must be 0 or 1");
-  SampleRequest out{.label = r.label,
-                    .seed = r.seed,
-                    .steps = sampler_steps(static_cast<SamplerKind>(r.sampler), r.steps, r.eta,
-                                           config.out_channels == 2 * config.in_channels),
-                    .guidance = r.guidance,
-                    .guidance_begin = r.guidance_begin,
-                    .guidance_end = r.guidance_end,
-                    .height = r.height,
-                    .width = r.width,
-                    .clip_x0 = r.clip_x0 == 1};
+  require(r.clip_x0 == 0 || r.clip_x0 == 1, "request.clip_x0 is " + std::to_string(r.clip_x0) + ", must be 0 or 1");
+  SampleRequest out{
+      .label = r.label,
+      .seed = r.seed,
+      .steps = sampler_steps(static_cast<SamplerKind>(r.sampler), r.steps, r.eta, config.learned_variance()),
+      .guidance = r.guidance,
+      .guidance_begin = r.guidance_begin,
+      .guidance_end = r.guidance_end,
+      .height = r.height,
+      .width = r.width,
+      .clip_x0 = r.clip_x0 == 1};
   for (const auto& [name, side] : {std::pair("height", r.sparse_height), std::pair("width", r.sparse_width)})
     require(side >= 0 && side <= INT32_MAX && (side > 0) == (r.sparse_height > 0),
             std::string("request.sparse_") + name + " is " + std::to_string(side) +
@@ -142,15 +140,8 @@ flexdit_status flexdit_model_prepare(const flexdit_checkpoint* checkpoint, const
     require_pointer(model, "model");
     *model = nullptr;
     require_pointer(checkpoint, "checkpoint");
-    const Checkpoint& c = checkpoint->value;
     const Execution exec = execution_from(options_from(options, kModelDefaults, "options"));
-    *model = new flexdit_model{std::make_shared<SamplingModel>(
-        SamplingModelOptions{.config = c.config,
-                             .schedule = c.schedule,
-                             .parameters = c.parameters,
-                             .dtype = c.dtype,
-                             .null_label = c.has_null_class ? c.num_classes : -1,
-                             .exec = exec})};
+    *model = new flexdit_model{prepare_sampling(checkpoint->value, exec)};
   });
 }
 void flexdit_model_free(flexdit_model* model) { delete model; }

@@ -226,11 +226,11 @@ static void bad_models(const char* folder) {
   CHECK(untouched == NULL);
   REFUSES(flexdit_model_prepare(NULL, NULL, &model), "checkpoint is NULL");
   REFUSES(flexdit_model_prepare(checkpoint, NULL, NULL), "model is NULL");
-#define WITH(member, value, part)                                                                                   \
-  do {                                                                                                              \
-    CHECK(flexdit_model_options_init(&options, sizeof options) == FLEXDIT_OK && options.size == sizeof options);    \
-    options.member = value;                                                                                         \
-    REFUSES(flexdit_model_prepare(checkpoint, &options, &model), part);                                             \
+#define WITH(member, value, part)                                                                                \
+  do {                                                                                                           \
+    CHECK(flexdit_model_options_init(&options, sizeof options) == FLEXDIT_OK && options.size == sizeof options); \
+    options.member = value;                                                                                      \
+    REFUSES(flexdit_model_prepare(checkpoint, &options, &model), part);                                          \
   } while (0)
   WITH(device, FLEXDIT_CUDA, "has no CUDA backend");
   WITH(device, 2, "options.device is 2");
@@ -245,11 +245,11 @@ static void bad_models(const char* folder) {
   REFUSES(flexdit_session_create(NULL, NULL, &session), "model is NULL");
   CHECK(session == NULL);
   REFUSES(flexdit_session_create(model, NULL, NULL), "session is NULL");
-#define WITH(member, value, part)                                                                      \
-  do {                                                                                                 \
-    CHECK(flexdit_session_options_init(&session_options, sizeof session_options) == FLEXDIT_OK);       \
-    session_options.member = value;                                                                    \
-    REFUSES(flexdit_session_create(model, &session_options, &session), part);                          \
+#define WITH(member, value, part)                                                                \
+  do {                                                                                           \
+    CHECK(flexdit_session_options_init(&session_options, sizeof session_options) == FLEXDIT_OK); \
+    session_options.member = value;                                                              \
+    REFUSES(flexdit_session_create(model, &session_options, &session), part);                    \
   } while (0)
   WITH(max_batch, 0, "max_batch is 0");
   WITH(queue_capacity, -3, "queue_capacity is -3");
@@ -266,11 +266,11 @@ static void bad_requests(const char* folder) {
   flexdit_request request;
   int64_t id = -1, left = -1;
   CHECK(flexdit_session_create(model, NULL, &session) == FLEXDIT_OK);
-#define WITH(member, value, part)                                                                   \
-  do {                                                                                              \
-    request = request_of(0, FLEXDIT_DDIM, 2);                                                       \
-    request.member = value;                                                                         \
-    REFUSES(flexdit_session_add(session, &request, &id), part);                                     \
+#define WITH(member, value, part)                               \
+  do {                                                          \
+    request = request_of(0, FLEXDIT_DDIM, 2);                   \
+    request.member = value;                                     \
+    REFUSES(flexdit_session_add(session, &request, &id), part); \
   } while (0)
   WITH(label, 4, "label is 4, must lie in [0, 4)");
   WITH(label, -1, "label is -1");

@@ -95,8 +95,8 @@ typedef struct flexdit_model_options {
 FLEXDIT_API flexdit_status flexdit_model_options_init(flexdit_model_options* options, size_t size);
 
 /* A checkpoint's weights as sampling wants them, a copy in the checkpoint's dtype, which the device must compute with:
- * float32 or bfloat16, on the CPU also float64, on CUDA also float16. options: NULL for the defaults. The checkpoint may
- * be freed afterwards; sessions keep the model. On failure *model is NULL. */
+ * float32 or bfloat16, on the CPU also float64, on CUDA also float16. options: NULL for the defaults. The checkpoint
+ * may be freed afterwards; sessions keep the model. On failure *model is NULL. */
 typedef struct flexdit_model flexdit_model;
 FLEXDIT_API flexdit_status flexdit_model_prepare(const flexdit_checkpoint* checkpoint,
                                                  const flexdit_model_options* options, flexdit_model** model);
@@ -149,8 +149,8 @@ FLEXDIT_API uint64_t flexdit_derive_seed(uint64_t seed, uint64_t index);
 FLEXDIT_API flexdit_status flexdit_session_add(flexdit_session* session, const flexdit_request* request, int64_t* id);
 
 /* Lets queued requests in and advances every active one by one pass of the model. left: NULL, or how many are active or
- * queued after it. A request for which there is no memory fails alone. When the device fails in the pass itself, so does
- * this function; those in the pass have failed, and the session goes on with the others. */
+ * queued after it. A request for which there is no memory fails alone. When the device fails in the pass itself, so
+ * does this function; those in the pass have failed, and the session goes on with the others. */
 FLEXDIT_API flexdit_status flexdit_session_step(flexdit_session* session, int64_t* left);
 
 typedef int32_t flexdit_state;
@@ -167,8 +167,8 @@ FLEXDIT_API flexdit_status flexdit_session_state(const flexdit_session* session,
 FLEXDIT_API flexdit_status flexdit_session_cancel(flexdit_session* session, int64_t id, int32_t* cancelled);
 
 /* Takes the image of a finished request, which is then forgotten. *image is NULL while the request is queued or active,
- * and on failure: FLEXDIT_REQUEST_FAILED if the request failed, which is then forgotten, FLEXDIT_INVALID_ARGUMENT if it is
- * unknown. */
+ * and on failure: FLEXDIT_REQUEST_FAILED if the request failed, which is then forgotten, FLEXDIT_INVALID_ARGUMENT if it
+ * is unknown. */
 typedef struct flexdit_image flexdit_image;
 FLEXDIT_API flexdit_status flexdit_session_take(flexdit_session* session, int64_t id, flexdit_image** image);
 FLEXDIT_API void flexdit_image_free(flexdit_image* image);
