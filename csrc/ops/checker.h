@@ -2,17 +2,12 @@
 // these lie in its memory.
 #pragma once
 
-#include <string>
-
 #include "flexdit/ops.h"
 #include "ops/device.h"
+#include "ops/message.h"
 #include "ops/trace.h"
 
 namespace flexdit {
-
-inline std::string shape_text(int64_t rows, int64_t cols) {
-  return "[" + std::to_string(rows) + ", " + std::to_string(cols) + "]";
-}
 
 // Checks the fields of one operation; the first one fixes the dtype that all must have.
 class Checker {
@@ -38,37 +33,35 @@ class Checker {
   void optional(const char* field, const Matrix& m, int64_t rows, int64_t cols, Access access = Access::read) {
     if (m) matrix(field, m, rows, cols, access);
   }
-  void holds(bool condition, const std::string& message) const {
-    if (!condition) throw ArgumentError(std::string(op_) + ": " + message);
+  template <class... Parts>
+  void holds(bool condition, const Parts&... parts) const {
+    if (!condition) refuse(op_, ": ", parts...);
   }
   void accumulation(const char* field, const Matrix& m, int64_t rows, int64_t cols, Access access) {
-    holds(m.dtype == accumulation_type(dtype_),
-          std::string(field) + " is " + name_of(m.dtype) + ", must be " + name_of(accumulation_type(dtype_)));
-    holds(m.rows >= rows && m.cols == cols,
-          std::string(field) + " is " + shape_text(m.rows, m.cols) + ", must be " + shape_text(rows, cols));
+    holds(m.dtype == accumulation_type(dtype_), field, " is ", name_of(m.dtype), ", must be ",
+          name_of(accumulation_type(dtype_)));
+    holds(m.rows >= rows && m.cols == cols, field, " is ", Shape{m.rows, m.cols}, ", must be ", Shape{rows, cols});
     saw(field, m, rows, access);
   }
   void layout(const char* field, const TokenLayout& layout, int64_t batch) {
     array(field, layout.table, layout.batch + 1);
-    holds(layout.batch == batch,
-          std::string(field) + " has " + std::to_string(layout.batch) + " samples, must have " + std::to_string(batch));
+    holds(layout.batch == batch, field, " has ", layout.batch, " samples, must have ", batch);
+    // On the emulator any table can be read.
+    if (trace::recorder() && layout.row_map) array(field, layout.row_map, layout.total());
   }
   // A token is kept in a warp's registers there.
   void columns(int64_t cols) const {
-    holds(on_cpu_ || cols <= cuda::kMaxColumns, "rows have " + std::to_string(cols) +
-                                                    " columns, the CUDA backend takes at most " +
-                                                    std::to_string(cuda::kMaxColumns));
+    holds(on_cpu_ || cols <= cuda::kMaxColumns, "rows have ", cols, " columns, the CUDA backend takes at most ",
+          cuda::kMaxColumns);
   }
   void storage(const char* field, DType dtype) const {
     const DType refused = on_cpu_ ? DType::float16 : DType::float64;
-    holds(dtype != refused, std::string(field) + " is " + name_of(refused) + ", which the " +
-                                (on_cpu_ ? "CPU" : "CUDA") + " backend does not compute with");
+    holds(dtype != refused, field, " is ", name_of(refused), ", which the ", (on_cpu_ ? "CPU" : "CUDA"),
+          " backend does not compute with");
   }
-  void nonzero(const char* field, const void* pointer) const {
-    holds(pointer != nullptr, std::string(field) + " is missing");
-  }
+  void nonzero(const char* field, const void* pointer) const { holds(pointer != nullptr, field, " is missing"); }
   void bytes(const char* field, const void* data, int64_t count, Access access) {
-    holds(data || count == 0, std::string(field) + " is missing");
+    holds(data || count == 0, field, " is missing");
     saw(field, data, 1, count, count, access);
   }
   template <class T>
@@ -80,7 +73,7 @@ class Checker {
               Access access) {
     nonzero(field, data);
     const int64_t row = values * size_of(dtype);
-    if (trace::recorder()) saw(field, data, layout.total(), row, row, access);  // on the emulator any table can be read
+    if (trace::recorder()) saw(field, data, layout.total(), row, row, access);
   }
   // Addresses on the device, of rows that are read.
   void indirect(const char* field, const void* const* rows, int64_t count, int64_t row_bytes) {
@@ -101,14 +94,12 @@ class Checker {
     saw(field, m.data, rows, m.cols * size_of(m.dtype), m.stride * size_of(m.dtype), access);
   }
   void view(const char* field, const Matrix& m, int64_t rows, int64_t cols, bool spare, Access access) {
-    holds(m.data || rows == 0 || cols == 0, std::string(field) + " is missing");
-    holds((spare ? m.rows >= rows : m.rows == rows) && m.cols == cols,
-          std::string(field) + " is " + shape_text(m.rows, m.cols) + ", must be " + (spare ? "at least " : "") +
-              shape_text(rows, cols));
-    holds(m.rows <= 1 || m.stride >= cols, std::string(field) + " has rows that overlap: stride " +
-                                               std::to_string(m.stride) + " for " + std::to_string(cols) + " columns");
-    if (typed_)
-      holds(m.dtype == dtype_, std::string(field) + " is " + name_of(m.dtype) + ", must be " + name_of(dtype_));
+    holds(m.data || rows == 0 || cols == 0, field, " is missing");
+    holds((spare ? m.rows >= rows : m.rows == rows) && m.cols == cols, field, " is ", Shape{m.rows, m.cols},
+          ", must be ", (spare ? "at least " : ""), Shape{rows, cols});
+    holds(m.rows <= 1 || m.stride >= cols, field, " has rows that overlap: stride ", m.stride, " for ", cols,
+          " columns");
+    if (typed_) holds(m.dtype == dtype_, field, " is ", name_of(m.dtype), ", must be ", name_of(dtype_));
     typed_ = true;
     dtype_ = m.dtype;
     storage(field, dtype_);
