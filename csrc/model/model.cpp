@@ -229,9 +229,7 @@ int64_t model_macs(const Config& c, Grid sparse) {
   return ends + c.num_pooling_blocks * pooling + c.num_sdtm * module + c.num_dense_blocks * self(n);
 }
 
-int64_t model_context_bytes(const ModelForward& p) {
-  return Walk(without_memory(p), true, nullptr).context_bytes();
-}
+int64_t model_context_bytes(const ModelForward& p) { return Walk(without_memory(p), true, nullptr).context_bytes(); }
 
 int64_t model_workspace_bytes(const ModelForward& p, bool keeps_context) {
   return Walk(without_memory(p), keeps_context, nullptr).workspace_bytes();

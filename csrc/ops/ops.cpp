@@ -190,8 +190,8 @@ void modulated_mean(const ModulatedMean& p, const Execution& exec) {
   check.matrix("shift", p.shift, p.layout.batch, p.x.cols);
   check.matrix("scale", p.scale, p.layout.batch, p.x.cols);
   check.matrix("mean", p.mean, p.layout.batch, p.x.cols, Access::write);
-  check.bytes("workspace", p.workspace,
-              modulated_mean_workspace(p.x.dtype, p.layout.batch, p.x.rows, p.x.cols), Access::scratch);
+  check.bytes("workspace", p.workspace, modulated_mean_workspace(p.x.dtype, p.layout.batch, p.x.rows, p.x.cols),
+              Access::scratch);
   FLEXDIT_RUN(cpu::kernels().modulated_mean, cuda::modulated_mean);
 }
 

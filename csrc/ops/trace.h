@@ -1,6 +1,6 @@
 // What a run does to memory, for the arena checker (csrc/tests/arena_checker.h): the fields of every operation, the
-// pieces that arenas carve, buffers that come and go. Only the emulated library has a recorder; elsewhere
-// there is none, and nothing is left of this.
+// pieces that arenas carve, buffers that come and go. Only the emulated library has a recorder; elsewhere there is none,
+// and nothing is left of this.
 #pragma once
 
 #include <cstdint>
@@ -49,12 +49,13 @@ inline Recorder* recorder() { return nullptr; }
 
 // What lies there is not to be read any more.
 inline void discard(const void* data, int64_t bytes) {
-  if (recorder() && data && bytes > 0) recorder()->operation("discard", {{"memory", data, 1, bytes, bytes, Access::scratch}});
+  if (recorder() && data && bytes > 0)
+    recorder()->operation("discard", {{"memory", data, 1, bytes, bytes, Access::scratch}});
 }
 inline void copy(const void* to, const void* from, int64_t bytes) {
   if (!recorder()) return;
   recorder()->operation("copy",
-                      {{"from", from, 1, bytes, bytes, Access::read}, {"to", to, 1, bytes, bytes, Access::write}});
+                        {{"from", from, 1, bytes, bytes, Access::read}, {"to", to, 1, bytes, bytes, Access::write}});
 }
 
 }  // namespace trace

@@ -2,8 +2,9 @@
 // somebody else has written over, or what was given back. Launches, captured graphs and their replays are recorded in
 // the order of the stream.
 //
-// Every piece that an arena carves lies in memory of its own here, so that its address tells whose it is; where the arena
-// meant it to be is only accounted. So a run computes the right thing whatever the plan, and the checker judges the plan.
+// Every piece that an arena carves lies in memory of its own here, so that its address tells whose it is; where the
+// arena meant it to be is only accounted. So a run computes the right thing whatever the plan, and the checker judges
+// the plan.
 #pragma once
 
 #include <sys/mman.h>
@@ -29,7 +30,7 @@ struct Event {
   std::vector<trace::View> views;
 };
 inline constexpr const char *kCarve = "carve", *kAllocate = "allocate", *kRelease = "release", *kDiscard = "discard",
-                             *kCopyBytes = "copy";
+                            *kCopyBytes = "copy";
 
 inline bool is_operation(const Event& e) {
   return e.name != kCarve && e.name != kAllocate && e.name != kRelease && e.name != kDiscard && e.name != kCopyBytes;
@@ -153,9 +154,9 @@ class Shadow {
   enum class State { empty, full, gone };
   struct Mark {
     State state;
-    size_t event;        // that left it so
+    size_t event;  // that left it so
     const char* field;
-    uintptr_t piece;     // through which it was written, 0 for a buffer itself
+    uintptr_t piece;  // through which it was written, 0 for a buffer itself
   };
 
   // Marks [begin, end), or what is known of it already.
@@ -267,10 +268,10 @@ class ArenaChecker {
       });
       if (!found) return true;
       const std::string last = name(found->event, found->field);
-      report(name(now_, v.field) +
-             (found->state == Shadow::State::gone    ? " is read after " + last + " was given back"
-              : found->state == Shadow::State::empty ? " is read, but nobody has written it since " + last
-                                                     : " is read, but " + last + " lies over it"));
+      report(name(now_, v.field) + (found->state == Shadow::State::gone ? " is read after " + last + " was given back"
+                                    : found->state == Shadow::State::empty
+                                        ? " is read, but nobody has written it since " + last
+                                        : " is read, but " + last + " lies over it"));
       return false;
     });
   }
@@ -296,7 +297,7 @@ class ArenaChecker {
   void mark(const View& v) {
     const std::string& event = run_.events[now_].name;
     const bool makes = event == kCarve || event == kAllocate;
-    const auto state = event == kRelease            ? Shadow::State::gone
+    const auto state = event == kRelease             ? Shadow::State::gone
                        : v.access == Access::scratch ? Shadow::State::empty
                                                      : Shadow::State::full;
     const Shadow::Mark mark{state, now_, v.field, piece_of(v)};
@@ -318,15 +319,19 @@ class ArenaChecker {
     const uintptr_t begin = begin_of(v), end = begin + static_cast<uintptr_t>(v.row_bytes);
     const auto after = buffers_.upper_bound(begin);
     if (after == buffers_.begin() || std::prev(after)->second <= begin || std::prev(after)->second >= end) return;
-    report(name(now_, v.field) + " ends " + std::to_string(end - std::prev(after)->second) + " bytes behind its buffer");
+    report(name(now_, v.field) + " ends " + std::to_string(end - std::prev(after)->second) +
+           " bytes behind its buffer");
   }
 
   // Fields of ops.h that may be the same memory.
   static bool may_be_one(const std::string& operation, const std::string& output, const std::string& input) {
     static constexpr const char* kPairs[][3] = {
-        {"gated_residual", "out", "x"},        {"gather_sparse", "out", "x"},
-        {"gelu", "y", "x"},                    {"silu", "y", "x"},
-        {"gelu_backward", "grad_x", "grad_y"}, {"silu_backward", "grad_x", "grad_y"},
+        {"gated_residual", "out", "x"},
+        {"gather_sparse", "out", "x"},
+        {"gelu", "y", "x"},
+        {"silu", "y", "x"},
+        {"gelu_backward", "grad_x", "grad_y"},
+        {"silu_backward", "grad_x", "grad_y"},
         {"modulated_layer_norm_backward", "grad_x", "grad_residual"},
         {"modulated_mean_backward", "grad_x", "grad_residual"},
     };

@@ -1,7 +1,6 @@
-// Memory and order, as the arena checker sees them, of the model and of sessions on the CPU and on the emulator, captured
-// graphs included: they are clean, and mistakes that are planted in them are found.
+// Memory and order, as the arena checker sees them, of the model and of sessions on the CPU and on the emulator,
+// captured graphs included: they are clean, and mistakes that are planted in them are found.
 #include "arena_checker.h"
-
 #include "company.h"
 #include "flexdit/model.h"
 #include "ops/memory.h"
@@ -76,7 +75,8 @@ class ModelCase {
     for (Tensor* t : tensors) {
       const Matrix m = t->view();
       const int64_t bytes = m.rows * m.cols * size_of(m.dtype);
-      if (trace::recorder()) trace::recorder()->operation("caller", {{"result", m.data, 1, bytes, bytes, Access::read}});
+      if (trace::recorder())
+        trace::recorder()->operation("caller", {{"result", m.data, 1, bytes, bytes, Access::read}});
       out.push_back(t->values());
     }
     return out;
@@ -139,8 +139,8 @@ Run sharing(Run run, uintptr_t piece, uintptr_t with) {
 
 TEST_CASE(model_is_clean) {
   for (const bool trains : {false, true})
-    for (const auto& [dtype, exec] : {std::pair(DType::float64, kCpu), std::pair(DType::bfloat16, kCpu),
-                                      std::pair(DType::bfloat16, kCuda)}) {
+    for (const auto& [dtype, exec] :
+         {std::pair(DType::float64, kCpu), std::pair(DType::bfloat16, kCpu), std::pair(DType::bfloat16, kCuda)}) {
       const std::string name = check::text(name_of(dtype), exec.device == Device::cpu ? " CPU" : " CUDA");
       const auto wanted = ModelCase(dtype, exec).run(trains);
       ArenaRecorder recorder;
@@ -150,7 +150,8 @@ TEST_CASE(model_is_clean) {
     }
 }
 
-// Without a context blocks share memory on purpose; with one they do not. Both read what the same operations have written.
+// Without a context blocks share memory on purpose; with one they do not. Both read what the same operations have
+// written.
 TEST_CASE(inference_reads_what_training_reads) {
   const auto reads_of = [](bool trains) {
     ArenaRecorder recorder;
@@ -202,7 +203,8 @@ TEST_CASE(pieces_that_overlap) {
         for (const std::string& m : mistakes)
           CHECK_NOTE(differs || !m.ends_with(" lies over it"), "piece ", i, " over ", onto, ": ", m);
         const ArenaChecker checker(shared);
-        CHECK_NOTE(!differs || !checker.mistakes.empty() || checker.reads_by_place() != reads, "piece ", i, " is ", onto);
+        CHECK_NOTE(!differs || !checker.mistakes.empty() || checker.reads_by_place() != reads, "piece ", i, " is ",
+                   onto);
       }
     std::printf("  %s: %d wrong, %d harmless, %d lucky\n", trains ? "training" : "inference", wrong, harmless, lucky);
     CHECK(wrong > 20 && harmless > 20);
@@ -211,8 +213,8 @@ TEST_CASE(pieces_that_overlap) {
 
 namespace {
 
-// Requests of every kind, joining and leaving: DDIM and Heun's, guided or not, sizes and grids of their own, memory that
-// grows and position tables that move.
+// Requests of every kind, joining and leaving: DDIM and Heun's, guided or not, sizes and grids of their own, memory
+// that grows and position tables that move.
 Run session_run(const TestModel& model, DType dtype, const Execution& exec) {
   ArenaRecorder recorder;
   {
@@ -270,10 +272,11 @@ namespace {
 // too, and so are the images that denoise_step changes.
 bool makes(const Event& e) {
   return e.name != "denoise_step" && std::any_of(e.views.begin(), e.views.end(), [&](const trace::View& v) {
-    return v.access == Access::write && std::none_of(e.views.begin(), e.views.end(), [&](const trace::View& other) {
-      return other.access == Access::read && other.data == v.data;
-    });
-  });
+           return v.access == Access::write &&
+                  std::none_of(e.views.begin(), e.views.end(), [&](const trace::View& other) {
+                    return other.access == Access::read && other.data == v.data;
+                  });
+         });
 }
 
 // Events whose results an operation reads, perhaps after copies.
@@ -310,7 +313,8 @@ TEST_CASE(operations_that_change_places) {
   const Run run = session_run(model, DType::float32, kCuda);
   std::vector<std::pair<size_t, size_t>> pairs;
   for (const auto& r : ArenaChecker(run).reads) {
-    bool follows = is_operation(run.events[r.reader]) && is_operation(run.events[r.writer]) && makes(run.events[r.writer]);
+    bool follows =
+        is_operation(run.events[r.reader]) && is_operation(run.events[r.writer]) && makes(run.events[r.writer]);
     for (size_t k = r.writer + 1; k < r.reader; ++k) follows &= !is_operation(run.events[k]);
     if (follows) pairs.emplace_back(r.writer, r.reader);
   }
