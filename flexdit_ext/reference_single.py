@@ -1,8 +1,8 @@
 """FlexPixArt and FlexLatte in plain PyTorch: the definition that the fast models are tested against.
 
-Both modulate their blocks as PixArt-alpha does (arXiv 2310.00426, "adaLN-single"): one Linear of the timestep's embedding
-serves all blocks, and every block adds a table of its own. Text enters by a cross-attention in the blocks, between
-attention and MLP, without norm and without gate. FlexLatte (Latte: arXiv 2401.03048) works on clips: its blocks
+Both modulate their blocks as PixArt-alpha does (arXiv 2310.00426, "adaLN-single"): one Linear of the timestep's
+embedding serves all blocks, and every block adds a table of its own. Text enters by a cross-attention in the blocks,
+between attention and MLP, without norm and without gate. FlexLatte (Latte: arXiv 2401.03048) works on clips: its blocks
 attend within a frame and across frames in turn. The layouts are method.md's, last section; letters as in reference.py,
 with F frames, L caption tokens.
 """
@@ -27,8 +27,8 @@ from .reference import (
 
 
 def scaled_position_embedding(grid: Grid, base: Grid, scale: float, dim: int) -> Tensor:
-    """PixArt's 2-D sin-cos table, float32 [h * w, dim]: DiT's, at the positions i * base / side / scale, so that an image
-    of another size than the base's covers the same positions. The columns' half first, each half [sin | cos]."""
+    """PixArt's 2-D sin-cos table, float32 [h * w, dim]: DiT's, at the positions i * base / side / scale, so that an
+    image of another size than the base's covers the same positions. The columns' half first, each half [sin | cos]."""
     frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
 
     def encode(side: int, base_side: int) -> Tensor:
@@ -272,8 +272,8 @@ class FlexPixArt(_SingleFlexDiT):
         aspect_ratio: Tensor | None = None,
         grid: Grid | None = None,
     ) -> Tensor:
-        """x [B, in, H, W]; t [B]; caption [B, L, caption_channels]; caption_mask [B, L] bool; resolution [B, 2] (height,
-        width) and aspect_ratio [B] with size_conditions; grid: the sparse grid. Returns [B, out, H, W]."""
+        """x [B, in, H, W]; t [B]; caption [B, L, caption_channels]; caption_mask [B, L] bool; resolution [B, 2]
+        (height, width) and aspect_ratio [B] with size_conditions; grid: the sparse grid. Returns [B, out, H, W]."""
         height, width = (side // self.config.patch_size for side in x.shape[-2:])
         tokens = self.patch_embed(x).flatten(2).transpose(1, 2) + self.position(height, width).to(x)
         c = self.condition(t, None, resolution, aspect_ratio)

@@ -20,6 +20,8 @@ struct BlockContext {
   Matrix lse;         // [R, heads]
   Matrix y1;          // [R, C], pooling [B, C]: the first branch
   Matrix x1;          // [R, C], after the first residual
+  Matrix cross_q, cross_kv, cross_attended, cross_lse;  // caption: [R, C], [Rc, 2C], [R, C], [R, heads]
+  Matrix x2;          // [R, C], what the MLP's branch adds to: after the caption, or x1
   Matrix h;           // [R, 4C], before GELU
   Matrix y2;          // [R, C], the second branch
 };
@@ -34,6 +36,7 @@ struct BlockWorkspace {
   Matrix n_other;    // [Ro, C]
   Matrix u;          // recovery: [Ro, C], W_1 of the sparse tokens
   Matrix act;        // with a context: [R, 4C], GELU of it, which backward computes again
+  Matrix cross_y;    // caption: [R, C]
   void* statistics;  // of R rows
 };
 
@@ -50,6 +53,7 @@ struct BlockBackwardWorkspace {
   Matrix n_other, grad_n_other;      // [Ro, C]
   Matrix grad_base;                  // recovery: [R, C]
   Matrix grad_pooled, grad_v;        // pooling: [B, C]
+  Matrix grad_cross_kv;              // caption: [Rc, 2C]
   void* statistics;
   void* linear;
 };
