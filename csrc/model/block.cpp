@@ -2,6 +2,7 @@
 #include "flexdit/block.h"
 
 #include "model/block_plans.h"
+#include "ops/message.h"
 
 namespace flexdit {
 namespace {
@@ -97,7 +98,7 @@ void forward_attention(const BlockForward& p, const Roles& w, const BlockContext
                     .scale = part(k.modulation, kScale1),
                     .layout = p.layout,
                     .mean = k.pooled,
-                    .workspace = ws.statistics},
+                    .workspace = ws.mean},
                    exec);
     if (p.prepared.folded_weight)
       return apply({p.prepared.folded_weight, p.prepared.folded_bias}, k.pooled, k.y1, exec);
@@ -170,12 +171,11 @@ void forward_residuals(const BlockForward& p, const Roles& w, const BlockContext
 }
 
 void check_lists(const BlockForward& p) {
-  const size_t wanted = block_parameters(p.shape.kind, p.shape.hidden, p.shape.mlp_hidden, p.shape.style).size();
-  const auto require = [&](bool holds, const std::string& message) {
-    if (!holds) throw ArgumentError(std::string(name_of(p.shape.kind)) + " block: " + message);
+  const size_t wanted = block_parameter_count(p.shape.kind, p.shape.style);
+  const auto require = [&](bool holds, const auto&... parts) {
+    if (!holds) refuse(name_of(p.shape.kind), " block: ", parts...);
   };
-  require(p.parameters.size() == wanted, "parameters holds " + std::to_string(p.parameters.size()) +
-                                             " tensors, must hold " + std::to_string(wanted));
+  require(p.parameters.size() == wanted, "parameters holds ", p.parameters.size(), " tensors, must hold ", wanted);
   const BlockPrepared& prepared = p.prepared;
   require(prepared.packed.empty() || prepared.packed.size() == wanted, "prepared.packed must be as long as parameters");
   const bool any = prepared.modulation || prepared.folded_weight || prepared.normed_x || prepared.normed_other ||

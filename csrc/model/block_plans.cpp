@@ -68,7 +68,7 @@ BlockWorkspace plan_workspace(const BlockShape& s, bool keeps_context, Arena& ar
   if (s.kind == BlockKind::recovery) w.u = arena.matrix(s.other_rows, s.hidden, s.dtype);
   if (keeps_context) w.act = arena.matrix(s.rows, s.mlp_hidden, s.dtype);
   if (s.style.caption) w.cross_y = arena.matrix(s.rows, s.hidden, s.dtype);
-  w.statistics = arena.bytes(row_statistics_workspace(s.dtype, s.rows));
+  if (s.kind == BlockKind::pooling) w.mean = arena.bytes(modulated_mean_workspace(s.dtype, s.batch, s.rows, s.hidden));
   return w;
 }
 
@@ -90,10 +90,14 @@ BlockBackwardWorkspace plan_backward(const BlockShape& s, Arena& arena) {
   }
   if (s.kind == BlockKind::recovery) w.grad_base = rows(c);
   if (s.style.caption) w.grad_cross_kv = arena.matrix(s.caption_rows, 2 * c, s.dtype);
-  w.statistics = arena.bytes(row_statistics_workspace(s.dtype, s.rows > s.other_rows ? s.rows : s.other_rows));
+  int64_t statistics = row_statistics_workspace(s.dtype, std::max(s.rows, s.other_rows));
+  if (s.kind == BlockKind::pooling)
+    statistics = std::max(statistics, modulated_mean_workspace(s.dtype, s.batch, s.rows, s.hidden));
+  w.statistics = arena.bytes(statistics);
   int64_t linear_bytes = 0;
-  for (const auto& spec : block_parameters(s.kind, s.hidden, s.mlp_hidden, s.style))
-    linear_bytes = std::max(linear_bytes, linear_backward_workspace(s.dtype, spec.rows, spec.cols));
+  for_layers(s.kind, s.hidden, s.mlp_hidden, s.style, [&](const char*, int64_t out, int64_t in) {
+    linear_bytes = std::max(linear_bytes, linear_backward_workspace(s.dtype, out, in));
+  });
   w.linear = arena.bytes(linear_bytes);
   return w;
 }
@@ -114,19 +118,10 @@ const char* name_of(BlockKind kind) {
 
 std::vector<ParameterSpec> block_parameters(BlockKind kind, int64_t hidden, int64_t mlp_hidden, BlockStyle style) {
   std::vector<ParameterSpec> specs;
-  const auto add = [&](const std::string& layer, int64_t out, int64_t in) {
+  for_layers(kind, hidden, mlp_hidden, style, [&](const std::string& layer, int64_t out, int64_t in) {
     specs.push_back({layer + ".weight", out, in});
     specs.push_back({layer + ".bias", 1, out});
-  };
-  if (!style.shared_modulation) add("modulation", 6 * hidden, hidden);
-  if (kind == BlockKind::recovery) add("from_sparse", hidden, hidden), add("from_dense", hidden, hidden);
-  if (kind == BlockKind::pooling) add("attn.v", hidden, hidden);
-  if (kind == BlockKind::dense) add("attn.qkv", 3 * hidden, hidden);
-  if (is_cross(kind)) add("attn.q", hidden, hidden), add("attn.kv", 2 * hidden, hidden);
-  add("attn.proj", hidden, hidden);
-  if (style.caption) add("cross.q", hidden, hidden), add("cross.kv", 2 * hidden, hidden), add("cross.proj", hidden, hidden);
-  add("mlp.fc1", mlp_hidden, hidden);
-  add("mlp.fc2", hidden, mlp_hidden);
+  });
   return specs;
 }
 

@@ -6,7 +6,27 @@
 
 namespace flexdit {
 
-inline bool is_cross(BlockKind kind) { return kind == BlockKind::generation || kind == BlockKind::recovery; }
+constexpr bool is_cross(BlockKind kind) { return kind == BlockKind::generation || kind == BlockKind::recovery; }
+
+// Calls add(name, outputs, inputs) for each linear layer of a block: its weight, then its bias are the parameters.
+template <class Add>
+constexpr void for_layers(BlockKind kind, int64_t hidden, int64_t mlp_hidden, BlockStyle style, Add&& add) {
+  if (!style.shared_modulation) add("modulation", 6 * hidden, hidden);
+  if (kind == BlockKind::recovery) add("from_sparse", hidden, hidden), add("from_dense", hidden, hidden);
+  if (kind == BlockKind::pooling) add("attn.v", hidden, hidden);
+  if (kind == BlockKind::dense) add("attn.qkv", 3 * hidden, hidden);
+  if (is_cross(kind)) add("attn.q", hidden, hidden), add("attn.kv", 2 * hidden, hidden);
+  add("attn.proj", hidden, hidden);
+  if (style.caption)
+    add("cross.q", hidden, hidden), add("cross.kv", 2 * hidden, hidden), add("cross.proj", hidden, hidden);
+  add("mlp.fc1", mlp_hidden, hidden);
+  add("mlp.fc2", hidden, mlp_hidden);
+}
+constexpr size_t block_parameter_count(BlockKind kind, BlockStyle style = {}) {
+  size_t count = 0;
+  for_layers(kind, 1, 1, style, [&](const char*, int64_t, int64_t) { count += 2; });
+  return count;
+}
 
 // What forward writes and backward reads.
 struct BlockContext {
@@ -31,13 +51,13 @@ BlockContext plan_context(const BlockShape& s, Arena& arena);
 BlockContext plan_inference(const BlockShape& s, const Matrix& out, Arena& arena);
 
 struct BlockWorkspace {
-  Matrix silu;       // [B, C]
-  Matrix n;          // [R, C]
-  Matrix n_other;    // [Ro, C]
-  Matrix u;          // recovery: [Ro, C], W_1 of the sparse tokens
-  Matrix act;        // with a context: [R, 4C], GELU of it, which backward computes again
-  Matrix cross_y;    // caption: [R, C]
-  void* statistics;  // of R rows
+  Matrix silu;           // [B, C]
+  Matrix n;              // [R, C]
+  Matrix n_other;        // [Ro, C]
+  Matrix u;              // recovery: [Ro, C], W_1 of the sparse tokens
+  Matrix act;            // with a context: [R, 4C], GELU of it, which backward computes again
+  Matrix cross_y;        // caption: [R, C]
+  void* mean = nullptr;  // pooling: of modulated_mean
 };
 
 BlockWorkspace plan_workspace(const BlockShape& s, bool keeps_context, Arena& arena);
@@ -54,7 +74,7 @@ struct BlockBackwardWorkspace {
   Matrix grad_base;                  // recovery: [R, C]
   Matrix grad_pooled, grad_v;        // pooling: [B, C]
   Matrix grad_cross_kv;              // caption: [Rc, 2C]
-  void* statistics;
+  void* statistics;                  // of norms, or of modulated_mean
   void* linear;
 };
 
