@@ -1,5 +1,6 @@
 #include "model/sampling_model.h"
 
+#include "flexdit/checkpoint.h"
 #include "model/arena.h"
 
 namespace flexdit {
@@ -129,5 +130,15 @@ const DensitySchedule& SamplingModel::schedule() const { return prepared_->sched
 DType SamplingModel::dtype() const { return prepared_->dtype; }
 int64_t SamplingModel::null_label() const { return prepared_->null_label; }
 const Execution& SamplingModel::execution() const { return prepared_->exec; }
+
+std::shared_ptr<const SamplingModel> prepare_sampling(const Checkpoint& checkpoint, const Execution& exec) {
+  return std::make_shared<SamplingModel>(
+      SamplingModelOptions{.config = checkpoint.config,
+                           .schedule = checkpoint.schedule,
+                           .parameters = checkpoint.parameters,
+                           .dtype = checkpoint.dtype,
+                           .null_label = checkpoint.has_null_class ? checkpoint.num_classes : -1,
+                           .exec = exec});
+}
 
 }  // namespace flexdit

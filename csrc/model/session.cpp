@@ -152,7 +152,7 @@ class Session::Implementation {
     for (const SamplerStep& step : r.steps) {
       require(step.timestep >= 0 && step.timestep <= last,
               "a step's timestep is " + text(step.timestep) + ", must lie in [0, " + text(last) + "]");
-      require(!step.learned_variance || c.out_channels == 2 * c.in_channels,
+      require(!step.learned_variance || c.learned_variance(),
               "learned_variance is set, but the model has no variance channels");
     }
     require(r.steps[0].x0_previous_coef == 0, "the first step reads the x0 of a step before it");

@@ -65,6 +65,11 @@ void select_tokens_on_cpu(const SelectTokens& p, int) {
   std::vector<Grid> grids(static_cast<size_t>(p.batch));
   for (int64_t b = 0; b < p.batch; ++b) grids[static_cast<size_t>(b)] = p.schedule->grid(p.t[b]);
   fill_layout(grids, p.table);
+  if (!p.row_map) return;
+  const TokenLayout layout{p.table, p.batch};
+  if (p.rows < layout.total())
+    refuse("select_tokens: rows is ", p.rows, ", must be at least the ", layout.total(), " tokens of the layout");
+  fill_row_map(layout, {p.row_map, static_cast<size_t>(p.rows)});
 }
 
 }  // namespace
@@ -379,6 +384,7 @@ void select_tokens(const SelectTokens& p, const Execution& exec) {
   check.nonzero("schedule", p.schedule);
   check.nonzero("table", p.table);
   check.holds(p.t != nullptr || p.batch == 0, "t is missing");
+  check.holds(p.rows >= 0, "rows is ", p.rows, ", must be at least 0");
   FLEXDIT_RUN(select_tokens_on_cpu, cuda::select_tokens);
 }
 

@@ -191,6 +191,11 @@ void bind_ends(py::module_& m) {
           patchify(image, exec);
           final_layer_backward(p, exec);
         });
+  m.def("timestep_embedding", [](py::object t, int64_t shift, py::object out, const Execution& exec) {
+    const TimestepEmbedding p{.t = pointer<const double>(t), .out = matrix(out), .shift = shift};
+    const py::gil_scoped_release release;
+    timestep_embedding(p, exec);
+  });
   m.def("condition_workspace", [](py::object features, int64_t hidden) {
     const Matrix view = matrix(features);
     return condition_workspace_bytes(view.rows, hidden, view.cols, view.dtype);

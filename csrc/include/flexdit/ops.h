@@ -334,6 +334,8 @@ struct SelectTokens {
   int64_t batch = 0;
   const DensitySchedule* schedule = nullptr;
   LayoutRow* table = nullptr;  // [B + 1], written
+  int32_t* row_map = nullptr;  // [rows], the table's row map, written, or null
+  int64_t rows = 0;            // at least the layout's total; on a GPU, where nobody knows it, the map ends with them
 };
 void select_tokens(const SelectTokens& p, const Execution& exec);
 
