@@ -116,7 +116,8 @@ class _SingleConfig:
     def check_sparse_grid(self, name: str, grid: Grid, dense: Grid | None = None) -> Grid:
         """Raises ValueError unless `grid` fits into the dense grid: the config's, or `dense` of another size."""
         dense = dense or self.dense_grid
-        if len(grid) != len(dense) or any(side > most for side, most in zip(grid, dense, strict=True)):
+        sides = zip((1, *grid)[-3:], (1, *dense)[-3:], strict=True)  # (h, w) is one frame
+        if any(side > most for side, most in sides):
             raise ValueError(f"{name} has the sparse grid {grid}, at most the dense grid {dense} is allowed")
         return grid
 
