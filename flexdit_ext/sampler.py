@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _C
+from ._adapters import merged_state_dict
 from ._arguments import DTYPES, Grid, check_count, check_grid
 from ._core import execution, require_device
 from .diffusion.samplers import make_sampler
@@ -35,8 +36,9 @@ _MAX_SIDE = 1 << 14  # of a latent image, as csrc/model/session.cpp has it
 class Sampler:
     """A FlexDiT's weights prepared for sampling; the images are those of flexdit_ext.sample, up to rounding.
 
-    Its own copy: modulation layers in one matrix, pooling blocks folded, packed for the CPU's products; changes of the
-    model do not reach it. The work runs on the model's device, on a GPU in its current stream and from captured graphs.
+    Its own copy: adapters of peft merged, modulation layers in one matrix, pooling blocks folded, packed for the CPU's
+    products; changes of the model do not reach it. The work runs on the model's device, on a GPU in its current stream
+    and from captured graphs.
 
     Args:
         model: FlexDiT.
@@ -49,11 +51,15 @@ class Sampler:
     def __init__(self, model: FlexDiT, dtype: torch.dtype | None = None, *, modulation_bytes: int = _MODULATION_BYTES):
         if not isinstance(model, FlexDiT):
             raise TypeError(f"model is {type(model).__name__}, must be a FlexDiT")
+        if model.segment_adapters is not None:
+            raise ValueError(
+                "model has an adapter for each density segment: flexdit_ext.lora.merge gives one's weights"
+            )
         self.config = model.config
-        state = model.state_dict()
+        state = merged_state_dict(model)
         require_device("Sampler", model=state["pos_embed"])
         self.device = state["pos_embed"].device
-        self.dtype = _check_dtype(state["pos_embed"].dtype if dtype is None else dtype, self.device)
+        self.dtype = check_dtype(state["pos_embed"].dtype if dtype is None else dtype, self.device)
         self._modulation_bytes = check_count("modulation_bytes", modulation_bytes, 1, 2**62)
         names = [name for name, _, _ in _C.model_parameters(self.config.core)]
         parameters = [state[name].detach().to(self.dtype).contiguous() for name in names]
@@ -87,6 +93,7 @@ class Sampler:
         seed: int | Sequence[int] = 0,
         *,
         eta: float = 0.0,
+        size: tuple[int, int] | None = None,
         grid=None,
         guidance_interval: tuple[float, float] | None = None,
         guidance_channels: int | str | None = None,
@@ -96,26 +103,28 @@ class Sampler:
         progress: bool = False,
     ) -> Tensor:
         """Latents [B, C, H, W] for the labels y, on the sampler's device, in its dtype. Arguments as
-        flexdit_ext.sample."""
+        flexdit_ext.sample, and size as Session.add."""
         labels = check_labels(y, self.config)
         total = len(labels)
         scales = check_cfg_scale(cfg_scale, total, self.config)
         seeds = check_seeds(seed, check_int("start_index", start_index, 0, 2**62), total)
+        size = None if size is None else check_size(size, self.config)
         grids = check_grids(grid, total)
         for name, one in _named_grids(grids):
-            self.config.check_sparse_grid(name, one)
+            self.config.check_sparse_grid(name, one, _dense_grid(size, self.config))
         batch_size = total if batch_size is None else check_int("batch_size", batch_size, 1, 2**31 - 1)
         table = _table(self.config, sampler, steps, eta, clip_x0)
         interval = check_interval(guidance_interval)
+        channels = check_guidance_channels(guidance_channels, self.config)
 
         def request(i: int) -> tuple:
             scale = 1.0 if scales is None else float(scales[i])
             sparse = grids[i] if isinstance(grids, list) else grids
-            return int(labels[i]), seeds[i], table, scale, interval, None, sparse, clip_x0
+            return int(labels[i]), seeds[i], table, scale, interval, size, sparse, clip_x0
 
         passes = math.ceil(total / batch_size) * len(table)
         with self._lock, progress_bar(progress, passes) as tick:
-            session, ids = self._kept_session(batch_size, guidance_channels), []
+            session, ids = self._kept_session(batch_size, channels), []
             try:
                 ids = [session._add(*request(i)) for i in range(total)]
                 while session.step():
@@ -126,9 +135,9 @@ class Sampler:
                 self._session = None
                 raise
 
-    def _kept_session(self, batch_size: int, guidance_channels: int | str | None) -> Session:
+    def _kept_session(self, batch_size: int, guidance_channels: int) -> Session:
         """The last call's session if it fits, because it has the plans and captured graphs."""
-        key = (batch_size, check_guidance_channels(guidance_channels, self.config))
+        key = (batch_size, guidance_channels)
         if self._session is None or self._session[0] != key:
             self._session = None  # give its memory back first
             self._session = (key, self.session(batch_size, 2**62, guidance_channels=guidance_channels))
@@ -187,10 +196,9 @@ class Session:
         Raises QueueFull when queue_capacity requests wait, TypeError or ValueError naming the argument.
         """
         config = self._config
-        size = None if size is None else _check_size(size, config)
+        size = None if size is None else check_size(size, config)
         if grid is not None:
-            dense = None if size is None else tuple(side // config.patch_size for side in size)
-            grid = config.check_sparse_grid("grid", check_grid("grid", grid), dense)
+            grid = config.check_sparse_grid("grid", check_grid("grid", grid), _dense_grid(size, config))
         scales = check_cfg_scale(cfg_scale, 1, config)
         return self._add(
             check_int("label", label, 0, config.num_classes - (0 if config.class_dropout_prob > 0 else 1)),
@@ -224,18 +232,18 @@ class Session:
 
     def cancel(self, request: int) -> bool:
         """Whether the request was still queued or active; it leaves before the next step."""
-        return self._core.cancel(request)
+        return self._core.cancel(_check_id(request))
 
     def state(self, request: int) -> str:
         """ "queued", "active", "finished", "failed", or "unknown": never there, cancelled, or taken."""
-        return self._core.state(request)
+        return self._core.state(_check_id(request))
 
     def take(self, request: int | None = None) -> Tensor | dict[int, Tensor | RuntimeError] | None:
         """The latent [C, H, W] of a finished request, which is then forgotten; None while it is not finished, and
         RuntimeError raised if it failed. Without `request` all that are finished, by id, errors as values."""
         if request is None:
             return {key: self._result(image, error) for key, image, error in self._core.take_all()}
-        finished = self._core.take(request)
+        finished = self._core.take(_check_id(request))
         if finished is None:
             return None
         result = self._result(*finished[1:])
@@ -259,7 +267,7 @@ class Session:
         return self._core.queued
 
 
-def _check_dtype(dtype, device: torch.device) -> torch.dtype:
+def check_dtype(dtype, device: torch.device) -> torch.dtype:
     known = DTYPES[device.type]
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype is {dtype!r}, must be a torch.dtype or None")
@@ -269,7 +277,11 @@ def _check_dtype(dtype, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def _check_size(size, config) -> tuple[int, int]:
+def _check_id(request) -> int:
+    return check_int("request", request, -(2**63), 2**63 - 1)  # any int may be asked for
+
+
+def check_size(size, config) -> tuple[int, int]:
     size = check_grid("size", size)
     if len(size) != 2 or any(side % config.patch_size or side > _MAX_SIDE for side in size):
         raise ValueError(
@@ -277,6 +289,10 @@ def _check_size(size, config) -> tuple[int, int]:
             f"at most {_MAX_SIDE}"
         )
     return size
+
+
+def _dense_grid(size: tuple[int, int] | None, config) -> tuple[int, int]:
+    return config.dense_grid if size is None else (size[0] // config.patch_size, size[1] // config.patch_size)
 
 
 def _named_grids(grids) -> list[tuple[str, Grid]]:

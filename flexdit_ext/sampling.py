@@ -175,7 +175,7 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def progress_bar(progress: bool, total_steps: int) -> Iterator:
+def progress_bar(progress: bool, total: int, what: str = "sampling", unit: str = "step") -> Iterator:
     """Yields what to call after each step."""
     bar = None
     if progress:
@@ -184,7 +184,7 @@ def progress_bar(progress: bool, total_steps: int) -> Iterator:
         except ImportError:
             warnings.warn("progress: tqdm is not installed, so there is no progress bar", stacklevel=3)
         else:
-            bar = tqdm(total=total_steps, desc="sampling", unit="step")
+            bar = tqdm(total=total, desc=what, unit=unit)
     try:
         yield (lambda: None) if bar is None else bar.update
     finally:

@@ -223,27 +223,32 @@ void Engine::make_tables(Plan& plan) {
   plan.rows = layout.view().total(), plan.model_rows = model_layout.view().total();
   plan.sparse_rows = prepared_.config.num_sdtm ? sparse_layout.view().total() : 0;
 
-  std::vector<std::byte> bytes;
-  const auto add = [&](const void* data, size_t size) {
-    const size_t at = bytes.size();
-    bytes.resize(at + size);
-    std::memcpy(bytes.data() + at, data, size);
+  // All of it is int32 and goes to the device at once.
+  std::vector<int32_t> all;
+  const auto add = [&](const void* data, int64_t count) {
+    const size_t at = all.size();
+    all.resize(at + static_cast<size_t>(count));
+    std::memcpy(all.data() + at, data, static_cast<size_t>(count) * sizeof(int32_t));
     return at;
   };
-  const auto table = [&](const TokenLayout& l) {
-    return add(l.table, static_cast<size_t>(l.batch + 1) * sizeof(LayoutRow));
+  const auto add_layout = [&](const TokenLayout& l) {
+    const size_t table = add(l.table, 4 * (l.batch + 1));
+    return std::pair(table, add(l.row_map, l.total()));
   };
-  const size_t at_layout = table(layout.view()), at_model = table(model_layout.view()),
-               at_sparse = table(sparse_layout.view()), at_samples = add(samples.data(), 4 * samples.size()),
-               at_offsets = add(offsets.data(), 4 * offsets.size());
-  plan.tables = Buffer(static_cast<int64_t>(bytes.size()), exec_);
-  uploader_.upload(plan.tables.data(), bytes.data(), static_cast<int64_t>(bytes.size()), exec_);
-  const auto at = [&](size_t offset) { return plan.tables.as<char>() + offset; };
-  plan.layout = {reinterpret_cast<const LayoutRow*>(at(at_layout)), plan.samples};
-  plan.model_layout = {reinterpret_cast<const LayoutRow*>(at(at_model)), plan.passes};
-  plan.sparse_layout = {reinterpret_cast<const LayoutRow*>(at(at_sparse)), plan.passes};
-  plan.sample_of_pass = reinterpret_cast<const int32_t*>(at(at_samples));
-  plan.position_offsets = reinterpret_cast<const int32_t*>(at(at_offsets));
+  const auto at_layout = add_layout(layout.view()), at_model = add_layout(model_layout.view()),
+             at_sparse = add_layout(sparse_layout.view());
+  const size_t at_samples = add(samples.data(), std::ssize(samples)),
+               at_offsets = add(offsets.data(), std::ssize(offsets));
+  const auto bytes = static_cast<int64_t>(all.size() * sizeof(int32_t));
+  plan.tables = Buffer(bytes, exec_);
+  uploader_.upload(plan.tables.data(), all.data(), bytes, exec_);
+  const auto* first = plan.tables.as<const int32_t>();
+  const auto layout_at = [&](const auto& at, int64_t batch) -> TokenLayout {
+    return {reinterpret_cast<const LayoutRow*>(first + at.first), batch, first + at.second};
+  };
+  plan.layout = layout_at(at_layout, plan.samples);
+  plan.model_layout = layout_at(at_model, plan.passes), plan.sparse_layout = layout_at(at_sparse, plan.passes);
+  plan.sample_of_pass = first + at_samples, plan.position_offsets = first + at_offsets;
 }
 
 ModelForward Engine::forward_of(const Plan& plan) const {
