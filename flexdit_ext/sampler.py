@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _C
+from ._adapters import merged_state_dict
 from ._arguments import DTYPES, Grid, check_count, check_grid
 from ._core import execution, require_device
 from .diffusion.samplers import make_sampler
@@ -35,8 +36,9 @@ _MAX_SIDE = 1 << 14  # of a latent image, as csrc/model/session.cpp has it
 class Sampler:
     """A FlexDiT's weights prepared for sampling; the images are those of flexdit_ext.sample, up to rounding.
 
-    Its own copy: modulation layers in one matrix, pooling blocks folded, packed for the CPU's products; changes of the
-    model do not reach it. The work runs on the model's device, on a GPU in its current stream and from captured graphs.
+    Its own copy: adapters of peft merged, modulation layers in one matrix, pooling blocks folded, packed for the CPU's
+    products; changes of the model do not reach it. The work runs on the model's device, on a GPU in its current stream
+    and from captured graphs.
 
     Args:
         model: FlexDiT.
@@ -49,8 +51,12 @@ class Sampler:
     def __init__(self, model: FlexDiT, dtype: torch.dtype | None = None, *, modulation_bytes: int = _MODULATION_BYTES):
         if not isinstance(model, FlexDiT):
             raise TypeError(f"model is {type(model).__name__}, must be a FlexDiT")
+        if model.segment_adapters is not None:
+            raise ValueError(
+                "model has an adapter for each density segment: flexdit_ext.lora.merge gives one's weights"
+            )
         self.config = model.config
-        state = model.state_dict()
+        state = merged_state_dict(model)
         require_device("Sampler", model=state["pos_embed"])
         self.device = state["pos_embed"].device
         self.dtype = check_dtype(state["pos_embed"].dtype if dtype is None else dtype, self.device)
