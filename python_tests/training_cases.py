@@ -28,7 +28,9 @@ MODEL = {
 }
 # One interpreter with torch loaded, from which every process forks.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["flexdit_ext.training", "accelerate", "sklearn.datasets", "torch.distributed.fsdp"])
+_context.set_forkserver_preload(
+    ["flexdit_ext.training", "accelerate", "sklearn.datasets", "torch._dynamo", "torch.distributed.fsdp"]
+)
 
 
 def make_config(output, **changes) -> TrainingConfig:

@@ -149,6 +149,7 @@ class Trainer:
         path = self.parallel.on_main(lambda: checkpoints.newest_good(root))
         if path is None:
             return None
+        self.parallel.on_main(lambda: checkpoints.prune(root, self.config.checkpoint.keep))
         state = checkpoints.read_state(path)
         if changes := changed_keys(state["config"], self.config.to_dict()):
             raise ValueError(

@@ -64,9 +64,13 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: dict, ke
             shutil.rmtree(staging, ignore_errors=True)
         raise
     if parallel.is_main:
-        for path in checkpoints(folder)[:-keep]:
-            _remove(path)
+        prune(folder, keep)
     return target
+
+
+def prune(folder: Path, keep: int) -> None:
+    for path in checkpoints(folder)[:-keep]:
+        _remove(path)
 
 
 @contextlib.contextmanager
