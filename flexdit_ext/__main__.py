@@ -1,4 +1,4 @@
-"""The command line: `flexdit info`, `convert`, `train`, `plot`, also as `python -m flexdit_ext info`."""
+"""The command line: `flexdit info`, `convert`, `latents`, `train`, `plot`, also as `python -m flexdit_ext info`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from . import _C, __version__, cli_convert, cli_train
+from . import _C, __version__, cli_convert, cli_latents, cli_train
 
 
 def information() -> list[tuple[str, str]]:
@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="print versions, what was built and what was found")
     cli_convert.add_parser(commands)
+    cli_latents.add_parser(commands)
     cli_train.add_parser(commands)
     parsed = parser.parse_args(arguments)
     if parsed.command != "info":

@@ -45,24 +45,24 @@ class Digits(Dataset):
 
 class ImageFolder(Dataset):
     """A folder per class, in the order of their names: [channels, size, size] float32 in [-1, 1], the middle square of
-    an image, resized. channels: 1 or 3."""
+    an image, resized. channels: 1 or 3; name: of the path, in messages."""
 
-    def __init__(self, path: str | os.PathLike, channels: int, size: int):
-        self.root = _existing_folder(path)
+    def __init__(self, path: str | os.PathLike, channels: int, size: int, name: str = "data.path"):
+        self.root = _existing_folder(path, name)
         if channels not in (1, 3):
             raise ValueError(f"data.kind is 'images', which have 1 or 3 channels; the model has in_channels {channels}")
         self.shape = (channels, size, size)
         self.classes = sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir())
         if not self.classes:
-            raise ValueError(f"data.path is {self.root}, which has no folders: there must be one for each class")
+            raise ValueError(f"{name} is {self.root}, which has no folders: there must be one for each class")
         self.num_classes = len(self.classes)
         self.files: list[str] = []
         labels: list[int] = []
-        for label, name in enumerate(self.classes):
-            files = sorted(_images_below(self.root / name))
+        for label, folder in enumerate(self.classes):
+            files = sorted(_images_below(self.root / folder))
             if not files:
                 suffixes = ", ".join(IMAGE_SUFFIXES)
-                raise ValueError(f"data.path: the class {self.root / name} is empty, it has no image ({suffixes})")
+                raise ValueError(f"{name}: the class {self.root / folder} is empty, it has no image ({suffixes})")
             self.files += files
             labels += [label] * len(files)
         self.labels = torch.tensor(labels)
@@ -100,10 +100,10 @@ def _images_below(folder: Path) -> Iterator[str]:
                 yield os.path.join(directory, name)
 
 
-def _existing_folder(path: str | os.PathLike) -> Path:
+def _existing_folder(path: str | os.PathLike, name: str) -> Path:
     if not os.path.isdir(path):
         problem = "is not a folder" if os.path.exists(path) else "does not exist"
-        raise FileNotFoundError(f"data.path is {path}, which {problem}")
+        raise FileNotFoundError(f"{name} is {path}, which {problem}")
     return Path(path)
 
 
@@ -114,7 +114,7 @@ def open_data(settings: DataSettings, model: FlexDiTConfig) -> Dataset:
     elif settings.kind == "images":
         data = ImageFolder(settings.path, model.in_channels, model.input_size)
     else:
-        root = _existing_folder(settings.path)
+        root = _existing_folder(settings.path, "data.path")
         data = FeatureFolder(root) if is_feature_folder(root) else Shards(root)
     wanted = (model.in_channels, model.input_size, model.input_size)
     if data.shape != wanted:
@@ -156,7 +156,8 @@ def rank_slots(config: TrainingConfig, rank: int, world: int) -> list[range]:
     return _slots(config.batch_size, config.accumulation, rank, world)
 
 
-def _as_it_is(batch):
+def as_it_is(batch):
+    """For DataLoader, whose data sets here give whole batches."""
     return batch
 
 
@@ -166,5 +167,5 @@ def batches(
     """Samples [n, C, H, W] and labels [n] for one forward pass after the other."""
     sampler = _Batches(draws, config, first_step, rank, world)
     workers = config.data.workers
-    loader = DataLoader(data, batch_sampler=sampler, collate_fn=_as_it_is, num_workers=workers, pin_memory=pin)
+    loader = DataLoader(data, batch_sampler=sampler, collate_fn=as_it_is, num_workers=workers, pin_memory=pin)
     return iter(loader)
