@@ -186,17 +186,23 @@ def load_pretrained(
     Raises FileNotFoundError, or ValueError naming the file: unreadable, truncated or corrupt files, a configuration
     that is not JSON, has unknown keys or wrong types, and tensors that do not match it (see check_state_dict).
     """
-    device = _one_device(device, device_map)
+    device = one_device(device, device_map)
+    options = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+    weights = locate(path, **options)
+    state_dict = load_state_dict_file(weights)
+    config, source = _read_config(weights)
+    return build_model(config, state_dict, dtype, device, source=f"{weights} with the configuration in {source}")
+
+
+def locate(path: str | os.PathLike, **options) -> Path:
+    """The safetensors file or index of a folder, a file, or an id on the Hub, fetched with the options."""
     if not os.path.exists(path) and is_hub_id(path):
-        options = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         path = fetch(path, **options)
     weights = find_weights(Path(path))
     _check_readable(weights)
     if not weights.name.endswith((".safetensors", INDEX_SUFFIX)):
         raise ValueError(f"{weights} is not a .safetensors file; `flexdit convert` reads other checkpoints")
-    state_dict = load_state_dict_file(weights)
-    config, source = _read_config(weights)
-    return build_model(config, state_dict, dtype, device, source=f"{weights} with the configuration in {source}")
+    return weights
 
 
 def find_weights(path: Path, weights_name: str = WEIGHTS_NAME) -> Path:
@@ -207,7 +213,7 @@ def find_weights(path: Path, weights_name: str = WEIGHTS_NAME) -> Path:
     return index if index.exists() and not (path / weights_name).exists() else path / weights_name
 
 
-def _one_device(device, device_map) -> torch.device | None:
+def one_device(device, device_map) -> torch.device | None:
     if device_map is None:
         return None if device is None else torch.device(device)
     if device is not None:
@@ -225,12 +231,18 @@ def _one_device(device, device_map) -> torch.device | None:
 
 def _read_config(weights: Path) -> tuple[FlexDiTConfig, str]:
     """The configuration and where it was found."""
+    text, source = read_config_text(weights)
+    return _parse_config(text, source), source
+
+
+def read_config_text(weights: Path) -> tuple[str | bytes, str]:
+    """The configuration's JSON and where it was found."""
     sources = [_config_beside, _config_within]
     usual = weights.name in (WEIGHTS_NAME, INDEX_NAME)
     for read in sources if usual else reversed(sources):
         text, source = read(weights)
         if text is not None:
-            return _parse_config(text, source), source
+            return text, source
     raise FileNotFoundError(f"{weights} has no configuration: neither {CONFIG_NAME} beside it nor one in its metadata")
 
 
