@@ -22,15 +22,7 @@ from flexdit_ext.evaluation import Archive
 
 IMAGES = 11
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(flexdit_ext.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """For work as small as this, threads of a busy machine cost more than they bring."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -348,7 +348,9 @@ void block_forward(const BlockForward& p, const Execution& exec) {
     apply(w.modulation, ws.silu, k.modulation, exec);
   }
   forward_attention(p, w, k, ws, exec);
+  discard(ws.n), discard(k.h);
   forward_residuals(p, w, k, ws, exec);
+  discard(k.y2);
   if (keeps_context) {
     linear({.x = ws.n,
             .weight = w.fc1.weight,
@@ -362,6 +364,7 @@ void block_forward(const BlockForward& p, const Execution& exec) {
     apply(w.fc1, ws.n, k.h, exec, Activation::gelu_tanh);
     apply(w.fc2, k.h, k.y2, exec);
   }
+  discard(p.prepared.next.normed);
   gated_residual({.x = k.x2,
                   .y = k.y2,
                   .gate = part(k.modulation, kGate2),
@@ -378,7 +381,7 @@ void block_backward(const BlockBackward& p, const Execution& exec) {
   if (p.grad_parameters.size() != p.parameters.size())
     throw ArgumentError("block: grad_parameters must hold as many tensors as parameters");
   const Roles w(p.shape, p.parameters), grad(p.shape, p.grad_parameters);
-  Arena context_arena(p.context), arena(p.workspace);
+  Arena context_arena(p.context, false), arena(p.workspace);
   BlockContext k = plan_context(p.shape, context_arena);
   BlockBackwardWorkspace ws = plan_backward(p.shape, arena);
   const bool shared = p.shape.style.shared_modulation;

@@ -6,9 +6,7 @@
 namespace flexdit {
 namespace {
 
-bool is_modulation(const std::string& name) {
-  return name.find("modulation.") != std::string::npos;
-}
+bool is_modulation(const std::string& name) { return name.find("modulation.") != std::string::npos; }
 
 // A linear layer's weight that the blocks use, which oneDNN likes packed. The ends' are small.
 bool is_packed_weight(const ParameterSpec& spec) {
@@ -35,9 +33,9 @@ void check(const SamplingModelOptions& o, const std::vector<ParameterSpec>& spec
                 std::to_string(specs[i].cols) + "]");
     require(m.dtype == o.dtype, specs[i].name + " is " + name_of(m.dtype) + ", must be " + name_of(o.dtype));
   }
-  require(o.null_label >= -1 && o.null_label < o.config.label_rows,
-          "null_label is " + std::to_string(o.null_label) + ", must be -1 for none or lie in [0, " +
-              std::to_string(o.config.label_rows) + ")");
+  require(o.null_label >= -1 && o.null_label < o.config.label_rows, "null_label is " + std::to_string(o.null_label) +
+                                                                        ", must be -1 for none or lie in [0, " +
+                                                                        std::to_string(o.config.label_rows) + ")");
   if (o.config.num_sdtm == 0) return;
   const Grid dense = o.config.dense_grid();
   for (const Grid& g : o.schedule.grids())
