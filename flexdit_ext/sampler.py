@@ -302,8 +302,12 @@ def _named_grids(grids) -> list[tuple[str, Grid]]:
 
 
 def _table(config, sampler: str, steps: int | str, eta: float, clip_x0: bool) -> list:
-    """The sampler's numbers as the C++ library takes them."""
+    """The sampler's numbers as the C++ library takes them: its own, so that a C++ program's image is the same to the
+    bit, but for respaced timesteps, which only Python knows."""
+    made = make_sampler(sampler, steps, eta, clip_x0)  # checks the arguments
     learned = config.out_channels == 2 * config.in_channels
+    if isinstance(steps, int):
+        return _C.sampler_steps(sampler, steps, eta, learned)
     return [
         _C.SamplerStep(
             timestep=float(step.timestep),
@@ -315,5 +319,5 @@ def _table(config, sampler: str, steps: int | str, eta: float, clip_x0: bool) ->
             noise_coef=step.noise_coef,
             log_variances=step.log_variances if learned else None,
         )
-        for step in make_sampler(sampler, steps, eta, clip_x0).steps
+        for step in made.steps
     ]

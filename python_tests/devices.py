@@ -57,7 +57,7 @@ def use_device(name: str, monkeypatch) -> torch.device:
         core = emulated_core()
         if core is None:
             pytest.skip("the emulated module is not built: make pytest builds it")
-        for module in (flexdit_ext.ops, flexdit_ext._block_ops, flexdit_ext.sampler):
+        for module in (flexdit_ext.ops, flexdit_ext._block_ops, flexdit_ext._single_ops, flexdit_ext.sampler):
             monkeypatch.setattr(module, "_C", core)
             monkeypatch.setattr(module, "execution", lambda like: core.Execution(device_index=0, stream=0))
         monkeypatch.setattr(flexdit_ext.config, "_C", core)  # of FlexDiTConfig.core
