@@ -6,7 +6,10 @@ import argparse
 import platform
 import sys
 
-import torch
+try:
+    import torch
+except ImportError as error:
+    sys.exit(f"flexdit: the command line needs PyTorch, pip install 'flexdit_ext[torch]' ({error})")
 
 from . import _C, __version__, cli_convert
 
