@@ -3,16 +3,16 @@
 Without torch there are the configuration, the schedule and the Sampler, on numpy arrays.
 """
 
-from importlib.util import find_spec as _find_spec
 from typing import TYPE_CHECKING
 
+from ._has_torch import HAS_TORCH as _HAS_TORCH
 from .config import FlexDiTConfig
 from .sampler import QueueFull, Sampler, Session
 from .schedule import DensitySchedule
 from .version import __version__
 
-# Not later, on demand: programs that torch.export has saved need the custom ops once they have imported this package.
-if TYPE_CHECKING or _find_spec("torch") is not None:
+# All of it, not on demand: programs that torch.export has saved need the custom ops once this package is imported.
+if TYPE_CHECKING or _HAS_TORCH:
     from . import _core as _core  # registers dtypes with the C++ library
     from . import convert, diffusion, ops, reference
     from .layout import TokenLayout

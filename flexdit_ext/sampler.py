@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar, overload
 
 import numpy as np
 
@@ -37,16 +37,17 @@ if TYPE_CHECKING:
 
     from .model import FlexDiT
 
-    Latents = Tensor | np.ndarray
+    Array = Tensor | np.ndarray
 
 __all__ = ["QueueFull", "Sampler", "Session"]
 
 QueueFull = _C.QueueFull
+Latents = TypeVar("Latents")  # what a caller gets: Tensor, or numpy.ndarray without torch
 _MODULATION_BYTES = 256 << 20
 _MAX_SIDE = 1 << 14  # of a latent image, as csrc/model/session.cpp has it
 
 
-class Sampler:
+class Sampler(Generic[Latents]):
     """A FlexDiT's weights prepared for sampling; the images are those of flexdit_ext.sample, up to rounding.
 
     Its own copy: modulation layers in one matrix, pooling blocks folded, packed for the CPU's products; changes of the
@@ -63,7 +64,13 @@ class Sampler:
     Raises TypeError or ValueError naming the argument, RuntimeError where the device refuses.
     """
 
-    def __init__(self, model: FlexDiT, dtype: torch.dtype | None = None, *, modulation_bytes: int = _MODULATION_BYTES):
+    def __init__(
+        self: Sampler[Tensor],
+        model: FlexDiT,
+        dtype: torch.dtype | None = None,
+        *,
+        modulation_bytes: int = _MODULATION_BYTES,
+    ):
         module = sys.modules.get(f"{__package__}.model")  # loaded where there is a FlexDiT
         if module is None or not isinstance(model, module.FlexDiT):
             raise TypeError(
@@ -82,7 +89,7 @@ class Sampler:
         *,
         threads: int | None = None,
         modulation_bytes: int = _MODULATION_BYTES,
-    ) -> Sampler:
+    ) -> Sampler[np.ndarray]:
         """A sampler of what FlexDiT.save_pretrained wrote, read by the C++ library: torch is not needed, and latents
         are numpy arrays, float32 (float64 in float64).
 
@@ -106,7 +113,7 @@ class Sampler:
         *,
         threads: int | None = None,
         modulation_bytes: int = _MODULATION_BYTES,
-    ) -> Sampler:
+    ) -> Sampler[np.ndarray]:
         """The same of numpy arrays by the names of FlexDiT's state_dict, all float32 or all float64."""
         sampler = cls.__new__(cls)
         sampler._set(config, modulation_bytes, *_sampler_numpy.from_arrays(config, arrays, device, threads))
@@ -118,13 +125,13 @@ class Sampler:
         self._core, self._latents = core, latents  # latents: the arrays that sessions give -> what the caller gets
         self._lock, self._session = threading.Lock(), None
 
-    def __copy__(self) -> Sampler:
+    def __copy__(self) -> Sampler[Latents]:
         """Another one on the same prepared weights, which never change."""
         twin = object.__new__(type(self))
         twin.__dict__ = self.__dict__ | {"_lock": threading.Lock(), "_session": None}
         return twin
 
-    def __deepcopy__(self, memo) -> Sampler:
+    def __deepcopy__(self, memo) -> Sampler[Latents]:
         return self.__copy__()
 
     def __reduce_ex__(self, protocol):
@@ -132,10 +139,10 @@ class Sampler:
 
     def sample(
         self,
-        y: Latents | Sequence[int],
+        y: Array | Sequence[int],
         steps: int | str = 50,
         sampler: str = "ddim",
-        cfg_scale: float | Sequence[float] | Latents = 1.0,
+        cfg_scale: float | Sequence[float] | Array = 1.0,
         seed: int | Sequence[int] = 0,
         *,
         eta: float = 0.0,
@@ -178,7 +185,7 @@ class Sampler:
                 self._session = None
                 raise
 
-    def _kept_session(self, batch_size: int, guidance_channels: int | str | None) -> Session:
+    def _kept_session(self, batch_size: int, guidance_channels: int | str | None) -> Session[Latents]:
         """The last call's session if it fits, because it has the plans and captured graphs."""
         key = (batch_size, check_guidance_channels(guidance_channels, self.config))
         if self._session is None or self._session[0] != key:
@@ -188,7 +195,7 @@ class Sampler:
 
     def session(
         self, max_batch: int = 64, queue_capacity: int = 1024, *, guidance_channels: int | str | None = None
-    ) -> Session:
+    ) -> Session[Latents]:
         """Continuous batching: requests join and leave at any step.
 
         max_batch: requests that advance together; queue_capacity: requests that may wait for a place.
@@ -196,14 +203,16 @@ class Sampler:
         return Session(self, max_batch, queue_capacity, guidance_channels)
 
 
-class Session:
+class Session(Generic[Latents]):
     """Requests that advance together, each with its own label, seed, steps, sampler, guidance, size and grid.
 
     A request's image does not depend on its company. All methods may be called by any thread; of several that call
     step, one waits for the other. Made by Sampler.session.
     """
 
-    def __init__(self, sampler: Sampler, max_batch: int, queue_capacity: int, guidance_channels: int | str | None):
+    def __init__(
+        self, sampler: Sampler[Latents], max_batch: int, queue_capacity: int, guidance_channels: int | str | None
+    ):
         self._config, self._latents = sampler.config, sampler._latents
         self._core = _C.Session(
             model=sampler._core,
@@ -282,7 +291,11 @@ class Session:
         """ "queued", "active", "finished", "failed", or "unknown": never there, cancelled, or taken."""
         return self._core.state(request)
 
-    def take(self, request: int | None = None) -> Latents | dict[int, Latents | RuntimeError] | None:
+    @overload
+    def take(self, request: int) -> Latents | None: ...
+    @overload
+    def take(self, request: None = None) -> dict[int, Latents | RuntimeError]: ...
+    def take(self, request=None):
         """The latent [C, H, W] of a finished request, which is then forgotten; None while it is not finished, and
         RuntimeError raised if it failed. Without `request` all that are finished, by id, errors as values."""
         if request is None:
