@@ -1,7 +1,7 @@
 """`make wheel`: sdist -> wheel of this Python, repaired for manylinux, checked; both end up in dist/.
 
-The wheel carries all it needs. oneDNN's libdnnl.so.3 lies beside the module (setup.py puts it there, in every wheel), as
-the package onednn-cpu-gomp only works where pip puts its files into sys.prefix/lib. libgomp.so.1 lies there, too, under
+The wheel carries all it needs. oneDNN's libdnnl.so.3 lies beside the module (setup.py puts it there, in every wheel):
+the package onednn-cpu-gomp works only where pip puts its files into sys.prefix/lib. libgomp.so.1 lies there, too, under
 its own name and not under one of auditwheel's making: a process that has torch's libgomp.so.1 goes on with that one, and
 there is one pool of OpenMP threads, while one without torch needs nothing of the system's. The CUDA runtime is static,
 cuBLASLt is looked for when the program runs.
@@ -81,9 +81,9 @@ def add_licenses(folder: Path, gomp: Path) -> None:
         (folder / "oneDNN").mkdir(parents=True, exist_ok=True)
         shutil.copy(Path(sys.prefix, "share/doc/onednn", name), folder / "oneDNN" / name)
     notice = (
-        f"libgomp.so.1 is {gomp.name} of GCC, https://gcc.gnu.org, unchanged but for its search path. It is under the GNU "
-        "General Public License, version 3, with the GCC Runtime Library Exception, version 3.1, which allows programs "
-        "under any terms to come with it: https://www.gnu.org/licenses/gcc-exception-3.1.html\n"
+        f"libgomp.so.1 is {gomp.name} of GCC, https://gcc.gnu.org, unchanged but for its search path. It is under the "
+        "GNU General Public License, version 3, with the GCC Runtime Library Exception, version 3.1, which allows "
+        "programs under any terms to come with it: https://www.gnu.org/licenses/gcc-exception-3.1.html\n"
     )
     (folder / "libgomp.txt").write_text(notice)
 
