@@ -2,8 +2,8 @@
 
 The wheel carries all it needs. oneDNN's libdnnl.so.3 lies beside the module (setup.py puts it there, in every wheel):
 the package onednn-cpu-gomp works only where pip puts its files into sys.prefix/lib. libgomp.so.1 lies there, too, under
-its own name and not under one of auditwheel's making: a process that has torch's libgomp.so.1 goes on with that one, and
-there is one pool of OpenMP threads, while one without torch needs nothing of the system's. The CUDA runtime is static,
+its own name and not under one of auditwheel's making: a process that has torch's libgomp.so.1 goes on with that: there
+is one pool of OpenMP threads, and one without torch needs nothing of the system's. The CUDA runtime is static.
 cuBLASLt is looked for when the program runs.
 """
 
