@@ -67,6 +67,7 @@ def repair(wheel: Path, folder: Path) -> Path:
     add_licenses(next(content.glob("*.dist-info")) / "licenses", gomp)
     for library in [module, *(package / name for name in CARRIED)]:
         run(tool("patchelf"), "--set-rpath", "$ORIGIN", library)
+    (folder / "packed").mkdir()
     run(sys.executable, "-m", "wheel", "pack", "--dest-dir", folder / "packed", content)
     (packed,) = (folder / "packed").iterdir()
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
