@@ -67,7 +67,7 @@ stubs: $(VENV)/.built
 	$(BIN)/python -m pip install --quiet pybind11-stubgen
 	$(BIN)/python -m pybind11_stubgen flexdit_ext._C -o build/stubs
 	mv build/stubs/flexdit_ext/_C.pyi flexdit_ext/_C.pyi
-	$(BIN)/ruff check --quiet --fix flexdit_ext/_C.pyi; $(BIN)/ruff format flexdit_ext/_C.pyi
+	$(BIN)/ruff check --quiet --select I --fix flexdit_ext/_C.pyi && $(BIN)/ruff format flexdit_ext/_C.pyi
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -51,6 +51,7 @@ __all__: list[str] = [
     "modulated_layer_norm_backward",
     "modulated_mean",
     "modulated_mean_backward",
+    "modulated_mean_workspace",
     "normal_noise",
     "patch_embed_backward",
     "patch_embed_forward",
@@ -594,6 +595,7 @@ def modulated_mean_backward(
     arg8: typing.Any,
     arg9: Execution,
 ) -> None: ...
+def modulated_mean_workspace(arg0: typing.Any, arg1: typing.Any) -> int: ...
 def normal_noise(
     arg0: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
     arg1: typing.SupportsInt | typing.SupportsIndex,

@@ -12,6 +12,7 @@ __all__ = [
     "Grid",
     "check_count",
     "check_device",
+    "check_dtype",
     "check_floats",
     "check_grid",
     "check_grids",
@@ -77,3 +78,13 @@ def check_timesteps(name: str, t) -> None:
     if t.dtype == torch.bool or t.is_complex():
         raise TypeError(f"{name} is {t.dtype}, must be an integer or floating-point dtype")
     check_device(name, t)
+
+
+def check_dtype(dtype, device: torch.device) -> torch.dtype:
+    known = DTYPES[device.type]
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype is {dtype!r}, must be a torch.dtype or None")
+    if dtype not in known:
+        names = ", ".join(str(one).removeprefix("torch.") for one in known)
+        raise TypeError(f"dtype is {dtype}, must be one of {names} on {device.type}")
+    return dtype

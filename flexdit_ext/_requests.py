@@ -254,7 +254,7 @@ def check_sampler(sampler, eta) -> str:
 
 
 @contextlib.contextmanager
-def progress_bar(progress: bool, total_steps: int) -> Iterator:
+def progress_bar(progress: bool, total: int, what: str = "sampling", unit: str = "step") -> Iterator:
     """Yields what to call after each step."""
     bar = None
     if progress:
@@ -263,7 +263,7 @@ def progress_bar(progress: bool, total_steps: int) -> Iterator:
         except ImportError:
             warnings.warn("progress: tqdm is not installed, so there is no progress bar", stacklevel=3)
         else:
-            bar = tqdm(total=total_steps, desc="sampling", unit="step")
+            bar = tqdm(total=total, desc=what, unit=unit)
     try:
         yield (lambda: None) if bar is None else bar.update
     finally:

@@ -7,17 +7,20 @@ import torch
 from torch import Tensor
 
 from . import _C
-from ._arguments import DTYPES
+from ._adapters import merged_state_dict
+from ._arguments import check_dtype
 from ._core import execution, require_device
 from .model import FlexDiT
 
 
 def prepare(model: FlexDiT, dtype: torch.dtype | None) -> tuple:
     """SamplingModel, dtype, device, and what makes tensors of its latents."""
-    config, state = model.config, model.state_dict()
+    if model.segment_adapters is not None:
+        raise ValueError("model has an adapter for each density segment: flexdit_ext.lora.merge gives one's weights")
+    config, state = model.config, merged_state_dict(model)
     require_device("Sampler", model=state["pos_embed"])
     device = state["pos_embed"].device
-    dtype = _check_dtype(state["pos_embed"].dtype if dtype is None else dtype, device)
+    dtype = check_dtype(state["pos_embed"].dtype if dtype is None else dtype, device)
     names = [name for name, _, _ in _C.model_parameters(config.core)]
     parameters = [state[name].detach().to(dtype).contiguous() for name in names]
     core = _C.SamplingModel(
@@ -32,13 +35,3 @@ def prepare(model: FlexDiT, dtype: torch.dtype | None) -> tuple:
         return torch.from_numpy(images).to(device, dtype)
 
     return core, dtype, device, latents
-
-
-def _check_dtype(dtype, device: torch.device) -> torch.dtype:
-    known = DTYPES[device.type]
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype is {dtype!r}, must be a torch.dtype or None")
-    if dtype not in known:
-        names = ", ".join(str(one).removeprefix("torch.") for one in known)
-        raise TypeError(f"dtype is {dtype}, must be one of {names} on {device.type}")
-    return dtype

@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ._adapters import has_adapters
 from ._config_file import CONFIG_NAME, METADATA_KEY, WEIGHTS_NAME, check_readable, find_weights, read_config
 from ._hub import fetch, is_hub_id
 from ._shards import INDEX_SUFFIX, index_text, is_shard, load_shards, parse_size, shard_names, split
@@ -43,6 +44,11 @@ def save_pretrained(model: FlexDiT, directory: str | os.PathLike, *, max_shard_s
     config = getattr(model, "config", None)
     if not isinstance(model, torch.nn.Module) or not isinstance(config, FlexDiTConfig):
         raise TypeError(f"model is a {type(model).__name__}, must be a FlexDiT")
+    if has_adapters(model):
+        raise ValueError(
+            "model has adapters: save them with peft's save_pretrained, or the weights with them merged, "
+            "flexdit_ext.lora.merge(model)"
+        )
     most = None if max_shard_size is None else parse_size("max_shard_size", max_shard_size)
     text = json.dumps(config.to_dict(), indent=2) + "\n"
     write_checkpoint(model.state_dict(), Path(directory), text, most)

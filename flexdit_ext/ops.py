@@ -193,8 +193,8 @@ _linear.register_autograd(_linear_gradient, setup_context=_save_linear)
 def _modulated_mean(x: Tensor, shift: Tensor, scale: Tensor, table: Tensor, eps: float) -> Tensor:
     require_device("pooled_attention", x=x, shift=shift, scale=scale, layout=table)
     x = rows(x)
-    mean = empty_rows(x, *shift.shape)
-    _C.modulated_mean(x, rows(shift), rows(scale), table, eps, mean, _statistics(x), execution(x))
+    mean, scratch = empty_rows(x, *shift.shape), workspace(_C.modulated_mean_workspace(x, table), x)
+    _C.modulated_mean(x, rows(shift), rows(scale), table, eps, mean, scratch, execution(x))
     return mean
 
 
@@ -209,8 +209,9 @@ def _modulated_mean_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = rows(x)
     grad_x, grad_shift, grad_scale = empty_rows(x, *x.shape), empty_rows(x, *scale.shape), empty_rows(x, *scale.shape)
+    scratch = workspace(_C.modulated_mean_workspace(x, table), x)
     _C.modulated_mean_backward(
-        x, rows(scale), table, eps, rows(grad), grad_x, grad_shift, grad_scale, _statistics(x), execution(x)
+        x, rows(scale), table, eps, rows(grad), grad_x, grad_shift, grad_scale, scratch, execution(x)
     )
     return grad_x, grad_shift, grad_scale
 

@@ -50,9 +50,9 @@ _MAX_SIDE = 1 << 14  # of a latent image, as csrc/model/session.cpp has it
 class Sampler(Generic[Latents]):
     """A FlexDiT's weights prepared for sampling; the images are those of flexdit_ext.sample, up to rounding.
 
-    Its own copy: modulation layers in one matrix, pooling blocks folded, packed for the CPU's products; changes of the
-    model do not reach it. The work runs on the model's device, on a GPU in its current stream and from captured graphs.
-    Without torch, from_pretrained and from_arrays make one whose latents are numpy arrays.
+    Its own copy: adapters of peft merged, modulation layers in one matrix, pooling blocks folded, packed for the CPU's
+    products; changes of the model do not reach it. The work runs on the model's device, on a GPU in its current stream
+    and from captured graphs. Without torch, from_pretrained and from_arrays make one whose latents are numpy arrays.
 
     Args:
         model: FlexDiT.
@@ -146,6 +146,7 @@ class Sampler(Generic[Latents]):
         seed: int | Sequence[int] = 0,
         *,
         eta: float = 0.0,
+        size: tuple[int, int] | None = None,
         grid=None,
         guidance_interval: tuple[float, float] | None = None,
         guidance_channels: int | str | None = None,
@@ -155,26 +156,28 @@ class Sampler(Generic[Latents]):
         progress: bool = False,
     ) -> Latents:
         """Latents [B, C, H, W] for the labels y, on the sampler's device, in its dtype. Arguments as
-        flexdit_ext.sample."""
+        flexdit_ext.sample, and size as Session.add."""
         labels = check_labels(y, self.config)
         total = len(labels)
         scales = check_cfg_scale(cfg_scale, total, self.config)
         seeds = check_seeds(seed, check_int("start_index", start_index, 0, 2**62), total)
+        size = None if size is None else check_size(size, self.config)
         grids = check_grids(grid, total)
         for name, one in _named_grids(grids):
-            self.config.check_sparse_grid(name, one)
+            self.config.check_sparse_grid(name, one, _dense_grid(size, self.config))
         batch_size = total if batch_size is None else check_int("batch_size", batch_size, 1, 2**31 - 1)
         table = _table(self.config, sampler, steps, eta, clip_x0)
         interval = check_interval(guidance_interval)
+        channels = check_guidance_channels(guidance_channels, self.config)
 
         def request(i: int) -> tuple:
             scale = 1.0 if scales is None else float(scales[i])
             sparse = grids[i] if isinstance(grids, list) else grids
-            return int(labels[i]), seeds[i], table, scale, interval, None, sparse, clip_x0
+            return int(labels[i]), seeds[i], table, scale, interval, size, sparse, clip_x0
 
         passes = math.ceil(total / batch_size) * len(table)
         with self._lock, progress_bar(progress, passes) as tick:
-            session, ids = self._kept_session(batch_size, guidance_channels), []
+            session, ids = self._kept_session(batch_size, channels), []
             try:
                 ids = [session._add(*request(i)) for i in range(total)]
                 while session.step():
@@ -185,9 +188,9 @@ class Sampler(Generic[Latents]):
                 self._session = None
                 raise
 
-    def _kept_session(self, batch_size: int, guidance_channels: int | str | None) -> Session[Latents]:
+    def _kept_session(self, batch_size: int, guidance_channels: int) -> Session[Latents]:
         """The last call's session if it fits, because it has the plans and captured graphs."""
-        key = (batch_size, check_guidance_channels(guidance_channels, self.config))
+        key = (batch_size, guidance_channels)
         if self._session is None or self._session[0] != key:
             self._session = None  # give its memory back first
             self._session = (key, self.session(batch_size, 2**62, guidance_channels=guidance_channels))
@@ -248,10 +251,9 @@ class Session(Generic[Latents]):
         Raises QueueFull when queue_capacity requests wait, TypeError or ValueError naming the argument.
         """
         config = self._config
-        size = None if size is None else _check_size(size, config)
+        size = None if size is None else check_size(size, config)
         if grid is not None:
-            dense = None if size is None else tuple(side // config.patch_size for side in size)
-            grid = config.check_sparse_grid("grid", check_grid("grid", grid), dense)
+            grid = config.check_sparse_grid("grid", check_grid("grid", grid), _dense_grid(size, config))
         scales = check_cfg_scale(cfg_scale, 1, config)
         return self._add(
             check_int("label", label, 0, last_label(config)),
@@ -285,11 +287,11 @@ class Session(Generic[Latents]):
 
     def cancel(self, request: int) -> bool:
         """Whether the request was still queued or active; it leaves before the next step."""
-        return self._core.cancel(request)
+        return self._core.cancel(_check_id(request))
 
     def state(self, request: int) -> str:
         """ "queued", "active", "finished", "failed", or "unknown": never there, cancelled, or taken."""
-        return self._core.state(request)
+        return self._core.state(_check_id(request))
 
     @overload
     def take(self, request: int) -> Latents | None: ...
@@ -307,7 +309,7 @@ class Session(Generic[Latents]):
         return None if image is None else self._latents(image)
 
     def _image(self, request: int) -> np.ndarray | None:
-        finished = self._core.take(request)
+        finished = self._core.take(_check_id(request))
         if finished is None:
             return None
         _, image, error = finished
@@ -326,7 +328,11 @@ class Session(Generic[Latents]):
         return self._core.queued
 
 
-def _check_size(size, config) -> tuple[int, int]:
+def _check_id(request) -> int:
+    return check_int("request", request, -(2**63), 2**63 - 1)  # any int may be asked for
+
+
+def check_size(size, config) -> tuple[int, int]:
     size = check_grid("size", size)
     if len(size) != 2 or any(side % config.patch_size or side > _MAX_SIDE for side in size):
         raise ValueError(
@@ -334,6 +340,10 @@ def _check_size(size, config) -> tuple[int, int]:
             f"at most {_MAX_SIDE}"
         )
     return size
+
+
+def _dense_grid(size: tuple[int, int] | None, config) -> tuple[int, int]:
+    return config.dense_grid if size is None else (size[0] // config.patch_size, size[1] // config.patch_size)
 
 
 def _named_grids(grids) -> list[tuple[str, Grid]]:

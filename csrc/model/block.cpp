@@ -1,9 +1,8 @@
 // The blocks of method.md, composed of the operations of ops.h.
 #include "flexdit/block.h"
 
-#include <algorithm>
-
-#include "model/arena.h"
+#include "model/block_plans.h"
+#include "ops/message.h"
 
 namespace flexdit {
 namespace {
@@ -15,8 +14,6 @@ Matrix part(const Matrix& modulation, Part which) {
   const int64_t c = modulation.cols / kParts;
   return modulation.columns(which * c, c);
 }
-
-bool is_cross(BlockKind kind) { return kind == BlockKind::generation || kind == BlockKind::recovery; }
 
 // A linear layer's weight and bias, or their gradients.
 struct Layer {
@@ -43,89 +40,6 @@ struct Roles {
   }
 };
 
-// What forward writes and backward reads.
-struct Context {
-  Matrix modulation;  // [B, 6C]
-  Matrix pooled;      // pooling: [B, C], mean of the modulated tokens
-  Matrix v;           // pooling: [B, C], W_v of it
-  Matrix base;        // recovery: [R, C], m
-  Matrix qkv;         // dense: [R, 3C]
-  Matrix q, kv;       // generation, recovery: [R, C], [Ro, 2C]
-  Matrix attended;    // [R, C], before the projection
-  Matrix lse;         // [R, heads]
-  Matrix y1;          // [R, C], pooling [B, C]: the first branch
-  Matrix x1;          // [R, C], after the first residual
-  Matrix h;           // [R, 4C], before GELU
-  Matrix y2;          // [R, C], the second branch
-};
-
-Context plan_context(const BlockShape& s, Arena& arena) {
-  const int64_t c = s.hidden;
-  const auto rows = [&](int64_t cols) { return arena.matrix(s.rows, cols, s.dtype); };
-  const auto samples = [&](int64_t cols) { return arena.matrix(s.batch, cols, s.dtype); };
-  Context k;
-  k.modulation = samples(6 * c);
-  if (s.kind == BlockKind::pooling) k.pooled = samples(c), k.v = samples(c), k.y1 = samples(c);
-  if (s.kind == BlockKind::recovery) k.base = rows(c);
-  if (s.kind == BlockKind::dense) k.qkv = rows(3 * c);
-  if (is_cross(s.kind)) k.q = rows(c), k.kv = arena.matrix(s.other_rows, 2 * c, s.dtype);
-  if (s.kind != BlockKind::pooling) {
-    k.attended = rows(c);
-    k.lse = arena.matrix(s.rows, s.num_heads, accumulation_type(s.dtype));
-    k.y1 = rows(c);
-  }
-  k.x1 = rows(c);
-  k.h = rows(s.mlp_hidden);
-  k.y2 = rows(c);
-  return k;
-}
-
-// Without a backward to come, the same fields share memory wherever one is dead before the next is written.
-Context plan_inference(const BlockShape& s, const Matrix& out, Arena& arena) {
-  const int64_t c = s.hidden;
-  Context k;
-  k.modulation = arena.matrix(s.batch, 6 * c, s.dtype);
-  k.x1 = out;
-  k.h = arena.matrix(s.rows, s.mlp_hidden, s.dtype);
-  if (s.kind == BlockKind::pooling) {
-    k.pooled = arena.matrix(s.batch, c, s.dtype);
-    k.v = arena.matrix(s.batch, c, s.dtype);
-    k.y1 = arena.matrix(s.batch, c, s.dtype);
-    k.y2 = arena.matrix(s.rows, c, s.dtype);
-    return k;
-  }
-  if (s.kind == BlockKind::recovery) k.base = out;
-  if (s.kind == BlockKind::dense) {  // queries, keys and values are dead before h is written
-    const bool fits = s.mlp_hidden >= 3 * c;
-    k.qkv = fits ? Matrix{k.h.data, s.rows, 3 * c, 3 * c, s.dtype} : arena.matrix(s.rows, 3 * c, s.dtype);
-  }
-  if (is_cross(s.kind)) k.q = arena.matrix(s.rows, c, s.dtype), k.kv = arena.matrix(s.other_rows, 2 * c, s.dtype);
-  k.attended = arena.matrix(s.rows, c, s.dtype);
-  k.y1 = arena.matrix(s.rows, c, s.dtype);
-  k.y2 = k.y1;
-  return k;
-}
-
-struct Workspace {
-  Matrix silu;       // [B, C]
-  Matrix n;          // [R, C]
-  Matrix n_other;    // [Ro, C]
-  Matrix u;          // recovery: [Ro, C], W_1 of the sparse tokens
-  Matrix act;        // with a context: [R, 4C], GELU of it, which backward computes again
-  void* statistics;  // of R rows
-};
-
-Workspace plan_workspace(const BlockShape& s, bool keeps_context, Arena& arena) {
-  Workspace w;
-  w.silu = arena.matrix(s.batch, s.hidden, s.dtype);
-  w.n = arena.matrix(s.rows, s.hidden, s.dtype);
-  if (is_cross(s.kind)) w.n_other = arena.matrix(s.other_rows, s.hidden, s.dtype);
-  if (s.kind == BlockKind::recovery) w.u = arena.matrix(s.other_rows, s.hidden, s.dtype);
-  if (keeps_context) w.act = arena.matrix(s.rows, s.mlp_hidden, s.dtype);
-  w.statistics = arena.bytes(row_statistics_workspace(s.dtype, s.rows));
-  return w;
-}
-
 void apply(const Layer& layer, const Matrix& x, const Matrix& y, const Execution& exec,
            Activation activation = Activation::none) {
   linear({.x = x,
@@ -137,7 +51,7 @@ void apply(const Layer& layer, const Matrix& x, const Matrix& y, const Execution
          exec);
 }
 
-Attention attention_of(const BlockForward& p, const Context& k) {
+Attention attention_of(const BlockForward& p, const BlockContext& k) {
   const int64_t c = p.shape.hidden;
   Attention a;
   if (is_cross(p.shape.kind)) {
@@ -167,9 +81,11 @@ void normalize(const Matrix& x, const TokenLayout& layout, const Matrix& modulat
 }
 
 // The tokens that the first residual adds to: x, or m in recovery.
-Matrix base_of(const BlockForward& p, const Context& k) { return p.shape.kind == BlockKind::recovery ? k.base : p.x; }
+Matrix base_of(const BlockForward& p, const BlockContext& k) {
+  return p.shape.kind == BlockKind::recovery ? k.base : p.x;
+}
 
-void forward_attention(const BlockForward& p, const Roles& w, const Context& k, const Workspace& ws,
+void forward_attention(const BlockForward& p, const Roles& w, const BlockContext& k, const BlockWorkspace& ws,
                        const Execution& exec) {
   const auto& kind = p.shape.kind;
   if (kind == BlockKind::pooling) {  // identity 1: mean first, then W_v and W_o of one vector per sample
@@ -178,9 +94,10 @@ void forward_attention(const BlockForward& p, const Roles& w, const Context& k, 
                     .scale = part(k.modulation, kScale1),
                     .layout = p.layout,
                     .mean = k.pooled,
-                    .workspace = ws.statistics},
+                    .workspace = ws.mean},
                    exec);
-    if (p.prepared.folded_weight) return apply({p.prepared.folded_weight, p.prepared.folded_bias}, k.pooled, k.y1, exec);
+    if (p.prepared.folded_weight)
+      return apply({p.prepared.folded_weight, p.prepared.folded_bias}, k.pooled, k.y1, exec);
     apply(w.v, k.pooled, k.v, exec);
     apply(w.proj, k.v, k.y1, exec);
     return;
@@ -215,12 +132,11 @@ void forward_attention(const BlockForward& p, const Roles& w, const Context& k, 
 }
 
 void check_lists(const BlockForward& p) {
-  const size_t wanted = block_parameters(p.shape.kind, p.shape.hidden, p.shape.mlp_hidden).size();
-  const auto require = [&](bool holds, const std::string& message) {
-    if (!holds) throw ArgumentError(std::string(name_of(p.shape.kind)) + " block: " + message);
+  const size_t wanted = block_parameter_count(p.shape.kind);
+  const auto require = [&](bool holds, const auto&... parts) {
+    if (!holds) refuse(name_of(p.shape.kind), " block: ", parts...);
   };
-  require(p.parameters.size() == wanted, "parameters holds " + std::to_string(p.parameters.size()) +
-                                             " tensors, must hold " + std::to_string(wanted));
+  require(p.parameters.size() == wanted, "parameters holds ", p.parameters.size(), " tensors, must hold ", wanted);
   const BlockPrepared& prepared = p.prepared;
   require(prepared.packed.empty() || prepared.packed.size() == wanted, "prepared.packed must be as long as parameters");
   const bool any = prepared.modulation || prepared.folded_weight || prepared.normed_x || prepared.normed_other ||
@@ -228,45 +144,6 @@ void check_lists(const BlockForward& p) {
   require(!any || !p.context, "prepared is for inference, a context keeps what backward needs");
   require(!prepared.normed_x || p.shape.kind == BlockKind::dense || p.shape.kind == BlockKind::generation,
           "prepared.normed_x is not what this block begins with");
-}
-
-struct BackwardWorkspace {
-  Matrix silu, grad_silu;            // [B, C]
-  Matrix grad_modulation;            // [B, 6C]
-  Matrix grad_y;                     // [R, C]
-  Matrix n;                          // [R, C]: a modulated layer norm again
-  Matrix grad_n;                     // [R, C]
-  Matrix act, grad_h;                // [R, 4C]
-  Matrix grad_qkv, grad_q, grad_kv;  // as in the context
-  Matrix n_other, grad_n_other;      // [Ro, C]
-  Matrix grad_base;                  // recovery: [R, C]
-  Matrix grad_pooled, grad_v;        // pooling: [B, C]
-  void* statistics;
-  void* linear;
-};
-
-BackwardWorkspace plan_backward(const BlockShape& s, Arena& arena) {
-  const int64_t c = s.hidden;
-  const auto rows = [&](int64_t cols) { return arena.matrix(s.rows, cols, s.dtype); };
-  const auto other_rows = [&](int64_t cols) { return arena.matrix(s.other_rows, cols, s.dtype); };
-  const auto samples = [&](int64_t cols) { return arena.matrix(s.batch, cols, s.dtype); };
-  BackwardWorkspace w;
-  w.silu = samples(c), w.grad_silu = samples(c), w.grad_modulation = samples(6 * c);
-  w.grad_y = rows(c), w.n = rows(c), w.grad_n = rows(c);
-  w.act = rows(s.mlp_hidden), w.grad_h = rows(s.mlp_hidden);
-  if (s.kind == BlockKind::pooling) w.grad_pooled = samples(c), w.grad_v = samples(c);
-  if (s.kind == BlockKind::dense) w.grad_qkv = rows(3 * c);
-  if (is_cross(s.kind)) {
-    w.grad_q = rows(c), w.grad_kv = other_rows(2 * c);
-    w.n_other = other_rows(c), w.grad_n_other = other_rows(c);
-  }
-  if (s.kind == BlockKind::recovery) w.grad_base = rows(c);
-  w.statistics = arena.bytes(row_statistics_workspace(s.dtype, s.rows > s.other_rows ? s.rows : s.other_rows));
-  int64_t linear_bytes = 0;
-  for (const auto& spec : block_parameters(s.kind, s.hidden, s.mlp_hidden))
-    linear_bytes = std::max(linear_bytes, linear_backward_workspace(s.dtype, spec.rows, spec.cols));
-  w.linear = arena.bytes(linear_bytes);
-  return w;
 }
 
 // Gradients of a linear layer's weight and bias, and of its input unless grad_x is empty.
@@ -283,9 +160,10 @@ void apply_backward(const Layer& layer, const Layer& grad, const Matrix& x, cons
                   exec);
 }
 
-void backward_normalize(const Matrix& x, const TokenLayout& layout, const Context& k, const BackwardWorkspace& w,
-                        Part shift, const Matrix& grad_y, const Matrix& residual, const Matrix& grad_x,
-                        bool accumulate_modulation, const Execution& exec, double eps = kLayerNormEps) {
+void backward_normalize(const Matrix& x, const TokenLayout& layout, const BlockContext& k,
+                        const BlockBackwardWorkspace& w, Part shift, const Matrix& grad_y, const Matrix& residual,
+                        const Matrix& grad_x, bool accumulate_modulation, const Execution& exec,
+                        double eps = kLayerNormEps) {
   modulated_layer_norm_backward({.x = x,
                                  .scale = part(k.modulation, Part(shift + 1)),
                                  .layout = layout,
@@ -301,8 +179,8 @@ void backward_normalize(const Matrix& x, const TokenLayout& layout, const Contex
 }
 
 // From grad_out to the gradient of x1, which is left in grad_x.
-void backward_mlp(const BlockBackward& p, const Roles& w, const Roles& grad, const Context& k,
-                  const BackwardWorkspace& ws, const Execution& exec) {
+void backward_mlp(const BlockBackward& p, const Roles& w, const Roles& grad, const BlockContext& k,
+                  const BlockBackwardWorkspace& ws, const Execution& exec) {
   gated_residual_backward({.y = k.y2,
                            .gate = part(k.modulation, kGate2),
                            .layout = p.layout,
@@ -326,8 +204,8 @@ void backward_mlp(const BlockBackward& p, const Roles& w, const Roles& grad, con
 }
 
 // grad_x holds the gradient of x1 and becomes that of x.
-void backward_pooling(const BlockBackward& p, const Roles& w, const Roles& grad, const Context& k,
-                      const BackwardWorkspace& ws, const Execution& exec) {
+void backward_pooling(const BlockBackward& p, const Roles& w, const Roles& grad, const BlockContext& k,
+                      const BlockBackwardWorkspace& ws, const Execution& exec) {
   const Matrix grad_y1 = ws.grad_silu;  // [B, C], free until the modulation's turn
   gated_residual_backward({.y = k.y1,
                            .gate = part(k.modulation, kGate1),
@@ -352,8 +230,8 @@ void backward_pooling(const BlockBackward& p, const Roles& w, const Roles& grad,
 }
 
 // As backward_pooling, for the blocks with attention; also writes grad_other.
-void backward_attention(const BlockBackward& p, const Roles& w, const Roles& grad, const Context& k,
-                        const BackwardWorkspace& ws, const Execution& exec) {
+void backward_attention(const BlockBackward& p, const Roles& w, const Roles& grad, const BlockContext& k,
+                        const BlockBackwardWorkspace& ws, const Execution& exec) {
   const int64_t c = p.shape.hidden;
   const bool cross = is_cross(p.shape.kind);
   gated_residual_backward({.y = k.y1,
@@ -395,63 +273,13 @@ void backward_attention(const BlockBackward& p, const Roles& w, const Roles& gra
 
 }  // namespace
 
-const char* name_of(BlockKind kind) {
-  switch (kind) {
-    case BlockKind::pooling:
-      return "pooling";
-    case BlockKind::dense:
-      return "dense";
-    case BlockKind::generation:
-      return "generation";
-    case BlockKind::recovery:
-      return "recovery";
-  }
-  return "unknown";
-}
-
-std::vector<ParameterSpec> block_parameters(BlockKind kind, int64_t hidden, int64_t mlp_hidden) {
-  std::vector<ParameterSpec> specs;
-  const auto add = [&](const std::string& layer, int64_t out, int64_t in) {
-    specs.push_back({layer + ".weight", out, in});
-    specs.push_back({layer + ".bias", 1, out});
-  };
-  add("modulation", 6 * hidden, hidden);
-  if (kind == BlockKind::recovery) add("from_sparse", hidden, hidden), add("from_dense", hidden, hidden);
-  if (kind == BlockKind::pooling) add("attn.v", hidden, hidden);
-  if (kind == BlockKind::dense) add("attn.qkv", 3 * hidden, hidden);
-  if (is_cross(kind)) add("attn.q", hidden, hidden), add("attn.kv", 2 * hidden, hidden);
-  add("attn.proj", hidden, hidden);
-  add("mlp.fc1", mlp_hidden, hidden);
-  add("mlp.fc2", hidden, mlp_hidden);
-  return specs;
-}
-
-int64_t block_context_bytes(const BlockShape& shape) {
-  Arena arena;
-  plan_context(shape, arena);
-  return arena.used();
-}
-
-int64_t block_workspace_bytes(const BlockShape& shape, bool keeps_context) {
-  Arena arena;
-  if (!keeps_context) plan_inference(shape, {}, arena);
-  plan_workspace(shape, keeps_context, arena);
-  return arena.used();
-}
-
-int64_t block_backward_workspace_bytes(const BlockShape& shape) {
-  Arena arena;
-  plan_backward(shape, arena);
-  return arena.used();
-}
-
 void block_forward(const BlockForward& p, const Execution& exec) {
   check_lists(p);
   const Roles w(p.shape.kind, p.parameters, p.prepared.packed);
   Arena context_arena(p.context), arena(p.workspace);
   const bool keeps_context = p.context != nullptr;
-  Context k = keeps_context ? plan_context(p.shape, context_arena) : plan_inference(p.shape, p.out, arena);
-  const Workspace ws = plan_workspace(p.shape, keeps_context, arena);
+  BlockContext k = keeps_context ? plan_context(p.shape, context_arena) : plan_inference(p.shape, p.out, arena);
+  const BlockWorkspace ws = plan_workspace(p.shape, keeps_context, arena);
 
   if (p.prepared.modulation) {
     k.modulation = p.prepared.modulation;
@@ -501,8 +329,8 @@ void block_backward(const BlockBackward& p, const Execution& exec) {
     throw ArgumentError("block: grad_parameters must hold as many tensors as parameters");
   const Roles w(p.shape.kind, p.parameters), grad(p.shape.kind, p.grad_parameters);
   Arena context_arena(p.context), arena(p.workspace);
-  const Context k = plan_context(p.shape, context_arena);
-  const BackwardWorkspace ws = plan_backward(p.shape, arena);
+  const BlockContext k = plan_context(p.shape, context_arena);
+  const BlockBackwardWorkspace ws = plan_backward(p.shape, arena);
 
   backward_mlp(p, w, grad, k, ws, exec);
   if (p.shape.kind == BlockKind::pooling)

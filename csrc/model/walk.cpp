@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "model/block_plans.h"
+
 namespace flexdit {
 
 Walk::Walk(const ModelForward& p, bool keeps_context, const Execution* exec)
@@ -127,7 +129,7 @@ Matrix Walk::block(BlockKind kind, bool sparse, const Matrix& x, const Matrix& o
                            .dtype = p_.dtype},
                  .index = calls.size(),
                  .first_parameter = next_parameter_,
-                 .num_parameters = block_parameters(kind, c_.hidden, c_.mlp_hidden).size(),
+                 .num_parameters = block_parameter_count(kind),
                  .sparse = sparse,
                  .x = x,
                  .other = other,

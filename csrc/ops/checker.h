@@ -2,16 +2,11 @@
 // these lie in its memory.
 #pragma once
 
-#include <string>
-
 #include "flexdit/ops.h"
 #include "ops/device.h"
+#include "ops/message.h"
 
 namespace flexdit {
-
-inline std::string shape_text(int64_t rows, int64_t cols) {
-  return "[" + std::to_string(rows) + ", " + std::to_string(cols) + "]";
-}
 
 // Checks the fields of one operation; the first one fixes the dtype that all must have.
 class Checker {
@@ -33,45 +28,39 @@ class Checker {
   void optional(const char* field, const Matrix& m, int64_t rows, int64_t cols) {
     if (m) matrix(field, m, rows, cols);
   }
-  void holds(bool condition, const std::string& message) const {
-    if (!condition) throw ArgumentError(std::string(op_) + ": " + message);
+  template <class... Parts>
+  void holds(bool condition, const Parts&... parts) const {
+    if (!condition) refuse(op_, ": ", parts...);
   }
   void accumulation(const char* field, const Matrix& m, int64_t rows, int64_t cols) {
-    holds(m.dtype == accumulation_type(dtype_),
-          std::string(field) + " is " + name_of(m.dtype) + ", must be " + name_of(accumulation_type(dtype_)));
-    holds(m.rows >= rows && m.cols == cols,
-          std::string(field) + " is " + shape_text(m.rows, m.cols) + ", must be " + shape_text(rows, cols));
+    holds(m.dtype == accumulation_type(dtype_), field, " is ", name_of(m.dtype), ", must be ",
+          name_of(accumulation_type(dtype_)));
+    holds(m.rows >= rows && m.cols == cols, field, " is ", Shape{m.rows, m.cols}, ", must be ", Shape{rows, cols});
   }
   void layout(const char* field, const TokenLayout& layout, int64_t batch) const {
-    holds(layout.table != nullptr, std::string(field) + " is missing");
-    holds(layout.batch == batch,
-          std::string(field) + " has " + std::to_string(layout.batch) + " samples, must have " + std::to_string(batch));
+    holds(layout.table != nullptr, field, " is missing");
+    holds(layout.batch == batch, field, " has ", layout.batch, " samples, must have ", batch);
   }
   // A token is kept in a warp's registers there.
   void columns(int64_t cols) const {
-    holds(on_cpu_ || cols <= cuda::kMaxColumns, "rows have " + std::to_string(cols) +
-                                                    " columns, the CUDA backend takes at most " +
-                                                    std::to_string(cuda::kMaxColumns));
+    holds(on_cpu_ || cols <= cuda::kMaxColumns, "rows have ", cols, " columns, the CUDA backend takes at most ",
+          cuda::kMaxColumns);
   }
   void storage(const char* field, DType dtype) const {
     const DType refused = on_cpu_ ? DType::float16 : DType::float64;
-    holds(dtype != refused, std::string(field) + " is " + name_of(refused) + ", which the " +
-                                (on_cpu_ ? "CPU" : "CUDA") + " backend does not compute with");
+    holds(dtype != refused, field, " is ", name_of(refused), ", which the ", (on_cpu_ ? "CPU" : "CUDA"),
+          " backend does not compute with");
   }
-  void nonzero(const char* field, const void* pointer) const {
-    holds(pointer != nullptr, std::string(field) + " is missing");
-  }
+  void nonzero(const char* field, const void* pointer) const { holds(pointer != nullptr, field, " is missing"); }
 
  private:
   void view(const char* field, const Matrix& m, int64_t rows, int64_t cols, bool spare) {
-    holds(m.data || rows == 0 || cols == 0, std::string(field) + " is missing");
-    holds((spare ? m.rows >= rows : m.rows == rows) && m.cols == cols,
-          std::string(field) + " is " + shape_text(m.rows, m.cols) + ", must be " + (spare ? "at least " : "") +
-              shape_text(rows, cols));
-    holds(m.rows <= 1 || m.stride >= cols, std::string(field) + " has rows that overlap: stride " +
-                                               std::to_string(m.stride) + " for " + std::to_string(cols) + " columns");
-    if (typed_)
-      holds(m.dtype == dtype_, std::string(field) + " is " + name_of(m.dtype) + ", must be " + name_of(dtype_));
+    holds(m.data || rows == 0 || cols == 0, field, " is missing");
+    holds((spare ? m.rows >= rows : m.rows == rows) && m.cols == cols, field, " is ", Shape{m.rows, m.cols},
+          ", must be ", (spare ? "at least " : ""), Shape{rows, cols});
+    holds(m.rows <= 1 || m.stride >= cols, field, " has rows that overlap: stride ", m.stride, " for ", cols,
+          " columns");
+    if (typed_) holds(m.dtype == dtype_, field, " is ", name_of(m.dtype), ", must be ", name_of(dtype_));
     typed_ = true;
     dtype_ = m.dtype;
     storage(field, dtype_);

@@ -37,13 +37,13 @@ void check_exchange(Checker& check, const TokenLayout& dense, const TokenLayout&
   check.layout("sparse_layout", sparse, dense.batch);
   for (int64_t b = 0; check.on_cpu() && b < dense.batch; ++b) {
     const Grid &g = dense.grid(b), &s = sparse.grid(b);
-    check.holds(s.frames <= g.frames && s.height <= g.height && s.width <= g.width,
-                "sparse grid of sample " + std::to_string(b) + " is larger than its dense grid");
+    check.holds(s.frames <= g.frames && s.height <= g.height && s.width <= g.width, "sparse grid of sample ", b,
+                " is larger than its dense grid");
     if (!position) continue;
     const int64_t rows = position.rows.rows, first = position.first(b);
     const bool fits = position.offset ? first >= 0 && first + g.tokens() <= rows : g.tokens() == rows;
-    check.holds(fits, "position has " + std::to_string(rows) + " rows, sample " + std::to_string(b) + " has " +
-                          std::to_string(g.tokens()) + " tokens from row " + std::to_string(first) + " on");
+    check.holds(fits, "position has ", rows, " rows, sample ", b, " has ", g.tokens(), " tokens from row ", first,
+                " on");
   }
 }
 
@@ -75,6 +75,11 @@ int64_t linear_backward_workspace(DType dtype, int64_t n, int64_t k) {
 
 int64_t row_statistics_workspace(DType dtype, int64_t rows) { return 2 * rows * size_of(accumulation_type(dtype)); }
 
+int64_t modulated_mean_workspace(DType dtype, int64_t batch, int64_t rows, int64_t cols) {
+  return std::max(row_statistics_workspace(dtype, rows),
+                  cuda::mean_parts(batch, rows) * cols * size_of(DType::float32));
+}
+
 void linear(const Linear& p, const Execution& exec) {
   Checker check("linear", exec);
   check.matrix("x", p.x, p.x.rows, p.x.cols);
@@ -83,8 +88,8 @@ void linear(const Linear& p, const Execution& exec) {
   check.matrix("weight", weight, p.weight.rows, p.x.cols);
   check.optional("bias", p.bias, 1, p.weight.rows);
   check.matrix("y", p.y, p.x.rows, p.weight.rows);
-  check.holds(p.weight.rows >= 1 && p.weight.cols >= 1,
-              "weight is " + shape_text(p.weight.rows, p.weight.cols) + ", must have at least one row and one column");
+  check.holds(p.weight.rows >= 1 && p.weight.cols >= 1, "weight is ", Shape{p.weight.rows, p.weight.cols},
+              ", must have at least one row and one column");
   check.optional("pre_activation", p.pre_activation, p.x.rows, p.weight.rows);
   check.holds(!p.pre_activation || p.activation != Activation::none,
               "pre_activation needs an activation: without one it is y");
@@ -106,8 +111,8 @@ void linear_backward(const LinearBackward& p, const Execution& exec) {
   check.optional("grad_x", p.grad_x, p.x.rows, p.x.cols);
   check.optional("grad_weight", p.grad_weight, p.weight.rows, p.x.cols);
   check.optional("grad_bias", p.grad_bias, 1, p.weight.rows);
-  check.holds(p.weight.rows >= 1 && p.weight.cols >= 1,
-              "weight is " + shape_text(p.weight.rows, p.weight.cols) + ", must have at least one row and one column");
+  check.holds(p.weight.rows >= 1 && p.weight.cols >= 1, "weight is ", Shape{p.weight.rows, p.weight.cols},
+              ", must have at least one row and one column");
   check.optional("gelu_input", p.gelu_input, p.x.rows, p.x.cols);
   check.holds(!p.gelu_input || p.grad_x, "gelu_input needs grad_x");
   check.holds(!p.gelu_input || !p.accumulate_grad_x, "gelu_input does not go with accumulate_grad_x");
@@ -259,9 +264,8 @@ void check_attention(Checker& check, const Attention& p) {
   check.tokens("k", p.k, rows_k, p.q.cols);
   check.tokens("v", p.v, rows_k, p.q.cols);
   check.tokens("out", p.out, rows_q, p.q.cols);
-  check.holds(p.num_heads >= 1 && p.q.cols % p.num_heads == 0, "num_heads is " + std::to_string(p.num_heads) +
-                                                                   ", must divide the " + std::to_string(p.q.cols) +
-                                                                   " columns of q");
+  check.holds(p.num_heads >= 1 && p.q.cols % p.num_heads == 0, "num_heads is ", p.num_heads, ", must divide the ",
+              p.q.cols, " columns of q");
   if (p.lse) check.accumulation("lse", p.lse, rows_q, p.num_heads);
 }
 
@@ -319,7 +323,7 @@ void silu_backward(const SiluBackward& p, const Execution& exec) {
 namespace {
 
 void check_patches(Checker& check, const Patches& p) {
-  check.holds(p.patch >= 1, "patch is " + std::to_string(p.patch) + ", must be at least 1");
+  check.holds(p.patch >= 1, "patch is ", p.patch, ", must be at least 1");
   check.layout("layout", p.layout, p.layout.batch);
   check.tokens("rows", p.rows, check.rows(p.layout, p.rows), p.channels * p.patch * p.patch);
   check.holds(p.image != nullptr || p.rows.rows == 0, "image is missing");
@@ -342,10 +346,10 @@ void unpatchify(const Patches& p, const Execution& exec) {
 void timestep_embedding(const TimestepEmbedding& p, const Execution& exec) {
   Checker check("timestep_embedding", exec);
   check.matrix("out", p.out, p.out.rows, p.out.cols);
-  check.holds(p.out.cols % 2 == 0, "out has " + std::to_string(p.out.cols) + " columns, must be even");
+  check.holds(p.out.cols % 2 == 0, "out has ", p.out.cols, " columns, must be even");
   check.holds(p.t != nullptr || p.out.rows == 0, "t is missing");
-  check.holds(p.shift >= 0 && p.shift < std::max<int64_t>(p.out.cols / 2, 1),
-              "shift is " + std::to_string(p.shift) + ", must lie in [0, " + std::to_string(p.out.cols / 2) + ")");
+  check.holds(p.shift >= 0 && p.shift < std::max<int64_t>(p.out.cols / 2, 1), "shift is ", p.shift,
+              ", must lie in [0, ", p.out.cols / 2, ")");
   FLEXDIT_RUN(cpu::kernels().timestep_embedding, cuda::timestep_embedding);
 }
 
@@ -355,9 +359,8 @@ void label_embedding(const LabelEmbedding& p, const Execution& exec) {
   check.matrix("x", p.x, p.x.rows, p.table.cols);
   check.holds(p.labels != nullptr || p.x.rows == 0, "labels is missing");
   for (int64_t b = 0; check.on_cpu() && b < p.x.rows; ++b)
-    check.holds(p.labels[b] >= 0 && p.labels[b] < p.table.rows, "labels[" + std::to_string(b) + "] is " +
-                                                                    std::to_string(p.labels[b]) + ", must lie in [0, " +
-                                                                    std::to_string(p.table.rows) + ")");
+    check.holds(p.labels[b] >= 0 && p.labels[b] < p.table.rows, "labels[", b, "] is ", p.labels[b],
+                ", must lie in [0, ", p.table.rows, ")");
   FLEXDIT_RUN(cpu::kernels().label_embedding, cuda::label_embedding);
 }
 

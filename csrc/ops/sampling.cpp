@@ -6,25 +6,23 @@ namespace {
 
 void check_state(const Checker& check, const char* field, DType dtype) {
   check.storage(field, dtype);
-  check.holds(dtype == DType::float32 || dtype == DType::float64,
-              std::string(field) + " is " + name_of(dtype) + ", must be float32 or float64");
+  check.holds(dtype == DType::float32 || dtype == DType::float64, field, " is ", name_of(dtype),
+              ", must be float32 or float64");
 }
 
 void check_images(const Checker& check, int64_t channels, int64_t patch) {
-  check.holds(channels >= 1, "channels is " + std::to_string(channels) + ", must be at least 1");
-  check.holds(patch >= 1, "patch is " + std::to_string(patch) + ", must be at least 1");
+  check.holds(channels >= 1, "channels is ", channels, ", must be at least 1");
+  check.holds(patch >= 1, "patch is ", patch, ", must be at least 1");
 }
 
 void check_guided(const Checker& check, int64_t guided, int64_t channels) {
-  check.holds(guided >= 0 && guided <= channels,
-              "guided_channels is " + std::to_string(guided) + ", must lie in [0, " + std::to_string(channels) + "]");
+  check.holds(guided >= 0 && guided <= channels, "guided_channels is ", guided, ", must lie in [0, ", channels, "]");
 }
 
 // `rows` is what a buffer has room for; whether a layout fits can be seen on the CPU only.
 void check_room(const Checker& check, const char* field, const TokenLayout& layout, int64_t rows) {
   const int64_t least = check.on_cpu() ? layout.total() : 0;
-  check.holds(rows >= least, "rows is " + std::to_string(rows) + ", must be at least the " + std::to_string(least) +
-                                 " tokens of " + field);
+  check.holds(rows >= least, "rows is ", rows, ", must be at least the ", least, " tokens of ", field);
 }
 
 std::string text(const Grid& g) {
@@ -35,9 +33,9 @@ std::string text(const Grid& g) {
 void check_sample(const Checker& check, const std::string& field, int64_t sample, const TokenLayout& layout,
                   const Grid& grid) {
   const std::string is = field + " is " + std::to_string(sample);
-  check.holds(sample >= 0 && sample < layout.batch, is + ", must lie in [0, " + std::to_string(layout.batch) + ")");
-  check.holds(layout.grid(sample) == grid,
-              is + ", a sample with grid " + text(layout.grid(sample)) + ", must be one with " + text(grid));
+  check.holds(sample >= 0 && sample < layout.batch, is, ", must lie in [0, ", layout.batch, ")");
+  check.holds(layout.grid(sample) == grid, is, ", a sample with grid ", text(layout.grid(sample)),
+              ", must be one with ", text(grid));
 }
 
 void check_numbers(const Checker& check, const DenoiseStep& p) {
@@ -47,9 +45,8 @@ void check_numbers(const Checker& check, const DenoiseStep& p) {
     check_sample(check, name + "conditional", c.conditional, p.model_layout, p.layout.grid(b));
     if (c.unconditional >= 0)
       check_sample(check, name + "unconditional", c.unconditional, p.model_layout, p.layout.grid(b));
-    check.holds(!c.learned_variance || p.out_channels >= 2 * p.channels,
-                name + "learned_variance needs out_channels of at least " + std::to_string(2 * p.channels) +
-                    ", it is " + std::to_string(p.out_channels));
+    check.holds(!c.learned_variance || p.out_channels >= 2 * p.channels, name,
+                "learned_variance needs out_channels of at least ", 2 * p.channels, ", it is ", p.out_channels);
   }
 }
 
@@ -69,8 +66,8 @@ void denoise_step(const DenoiseStep& p, const Execution& exec) {
   check.layout("model_layout", p.model_layout, p.model_layout.batch);
   check_images(check, p.channels, p.patch);
   check_guided(check, p.guided_channels, p.channels);
-  check.holds(p.out_channels >= p.channels, "out_channels is " + std::to_string(p.out_channels) +
-                                                ", must be at least channels, " + std::to_string(p.channels));
+  check.holds(p.out_channels >= p.channels, "out_channels is ", p.out_channels, ", must be at least channels, ",
+              p.channels);
   check.storage("output", p.dtype);
   check_state(check, "state", p.state);
   check_room(check, "layout", p.layout, p.rows);
@@ -103,10 +100,9 @@ void model_input(const ModelInput& p, const Execution& exec) {
 void guidance_combine(const GuidanceCombine& p, const Execution& exec) {
   Checker check("guidance_combine", exec);
   check.matrix("images", p.images, p.images.rows, p.images.cols);
-  check.holds(p.images.rows % 2 == 0, "images has " + std::to_string(p.images.rows) + " rows, must be even");
-  check.holds(p.channels >= 1 && p.images.cols % p.channels == 0,
-              "channels is " + std::to_string(p.channels) + ", must divide the " + std::to_string(p.images.cols) +
-                  " columns of images");
+  check.holds(p.images.rows % 2 == 0, "images has ", p.images.rows, " rows, must be even");
+  check.holds(p.channels >= 1 && p.images.cols % p.channels == 0, "channels is ", p.channels, ", must divide the ",
+              p.images.cols, " columns of images");
   check_guided(check, p.guided_channels, p.channels);
   FLEXDIT_RUN(cpu::kernels().guidance_combine, cuda::guidance_combine);
 }

@@ -88,6 +88,10 @@ void bind_norm(py::module_& m) {
               exec);
           clear_spare_rows(matrix(grad_x), layout(table), exec);
         });
+  m.def("modulated_mean_workspace", [](py::object x, py::object table) {
+    const Matrix m = matrix(x);
+    return modulated_mean_workspace(m.dtype, layout(table).batch, m.rows, m.cols);
+  });
   m.def("row_statistics_workspace", [](py::object x) { return row_statistics_workspace(dtype_of(x), matrix(x).rows); });
 }
 

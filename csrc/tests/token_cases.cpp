@@ -55,7 +55,7 @@ OpCase mean_case(const Size& s, bool residual) {
   o.forward = [=](const Views& in, const Views& out, const Execution& exec) {
     const HostLayout layout = s.batch.layout();
     if (residual) copy(in[0], out[1]);
-    with_workspace(row_statistics_workspace(in[0].dtype, rows), [&](void* workspace) {
+    with_workspace(modulated_mean_workspace(in[0].dtype, b, rows, c), [&](void* workspace) {
       modulated_mean(
           {.x = in[0], .shift = in[1], .scale = in[2], .layout = layout.view(), .mean = out[0], .workspace = workspace},
           exec);
@@ -64,7 +64,7 @@ OpCase mean_case(const Size& s, bool residual) {
   o.backward = [=](const Views& in, const Views& grad_out, const Views& grad_in, const Execution& exec) {
     const HostLayout layout = s.batch.layout();
     if (residual) copy(grad_out[1], grad_in[0]);
-    with_workspace(row_statistics_workspace(in[0].dtype, rows), [&](void* workspace) {
+    with_workspace(modulated_mean_workspace(in[0].dtype, b, rows, c), [&](void* workspace) {
       modulated_mean_backward({.x = in[0],
                                .scale = in[2],
                                .layout = layout.view(),

@@ -105,7 +105,7 @@ struct ModulatedMean {
   TokenLayout layout;
   Matrix mean;  // [B, C], written
   double eps = kLayerNormEps;
-  void* workspace = nullptr;  // row_statistics_workspace() bytes
+  void* workspace = nullptr;  // modulated_mean_workspace() bytes
 };
 struct ModulatedMeanBackward {
   Matrix x;      // [R, C]
@@ -116,8 +116,10 @@ struct ModulatedMeanBackward {
   Matrix grad_x;                  // [R, C], written; may be grad_residual
   Matrix grad_shift, grad_scale;  // [B, C], written
   double eps = kLayerNormEps;
-  void* workspace = nullptr;  // row_statistics_workspace() bytes
+  void* workspace = nullptr;  // modulated_mean_workspace() bytes
 };
+// Statistics of each row, or sums of some rows each in float32.
+int64_t modulated_mean_workspace(DType dtype, int64_t batch, int64_t rows, int64_t cols);
 void modulated_mean(const ModulatedMean& p, const Execution& exec);
 void modulated_mean_backward(const ModulatedMeanBackward& p, const Execution& exec);
 
