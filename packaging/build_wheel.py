@@ -66,12 +66,13 @@ def repair(wheel: Path, folder: Path) -> Path:
     shutil.copy(gomp, package / "libgomp.so.1")
     add_licenses(next(content.glob("*.dist-info")) / "licenses", gomp)
     for library in [module, *(package / name for name in CARRIED)]:
+        run("strip", "--strip-unneeded", library)  # before patchelf, whose results strip may break
         run(tool("patchelf"), "--set-rpath", "$ORIGIN", library)
     (folder / "packed").mkdir()
     run(sys.executable, "-m", "wheel", "pack", "--dest-dir", folder / "packed", content)
     (packed,) = (folder / "packed").iterdir()
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    run(sys.executable, "-m", "auditwheel", "repair", "--strip", "--wheel-dir", ROOT / "dist", packed, env=environment)
+    run(sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", ROOT / "dist", packed, env=environment)
     (repaired,) = (ROOT / "dist").glob("*.whl")
     return repaired
 

@@ -58,8 +58,10 @@ def check_torch(latents: np.ndarray, checkpoint: Path) -> None:
     inputs = torch.randn(3, 4, 8, 8), torch.tensor([10, 600, 990]), torch.tensor([1, 2, 4])
     for one in (model.eval(), twin.eval()):
         one(*inputs, grid=[(3, 3), (2, 2), (2, 2)]).square().mean().backward()
-    for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5, msg=name)
+    expected = dict(twin.named_parameters())
+    for name, ours in model.named_parameters():
+        error = (ours.grad - expected[name].grad).abs().max() / expected[name].grad.abs().max()
+        assert error < 1e-3, f"{name}: {error}"
     if torch.cuda.is_available() and _C.build_info()["cuda"]:
         on_gpu = Sampler(model.cuda()).sample(**REQUEST).cpu().numpy()
         assert np.abs(on_gpu - latents).max() < 1e-2 * np.abs(latents).max()
