@@ -20,14 +20,14 @@ demo: $(VENV)/.built
 test: pytest ctest
 
 pytest: $(VENV)/.built build/ctest/build.ninja
-	$(BIN)/cmake --build build/ctest --target _C_emulated
+	$(BIN)/cmake --build build/ctest --target _C_emulated flexdit flexdit_c
 	FLEXDIT_EMULATED=build/ctest $(BIN)/pytest
 
 ctest: build/ctest/build.ninja
 	$(BIN)/cmake --build build/ctest
 	$(BIN)/ctest --test-dir build/ctest -j2 --output-on-failure
 
-# The C++ tests, and for python_tests the CUDA kernels on the emulator as a Python module.
+# The C++ tests, and for python_tests the library and the CUDA kernels on the emulator as a Python module.
 build/ctest/build.ninja: $(VENV)/.installed CMakeLists.txt
 	$(CMAKE) -B build/ctest -DFLEXDIT_TESTS=ON -DFLEXDIT_CUDA=OFF -DFLEXDIT_PYTHON_EMULATED=ON \
 	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) >/dev/null

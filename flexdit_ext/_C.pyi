@@ -63,6 +63,11 @@ __all__: list[str] = [
     "row_statistics_workspace",
     "sampler_steps",
     "select_tokens",
+    "single_block_backward",
+    "single_block_bytes",
+    "single_block_forward",
+    "single_block_parameters",
+    "timestep_embedding",
 ]
 
 class DType:
@@ -353,9 +358,11 @@ def attention(
     arg3: typing.SupportsInt | typing.SupportsIndex,
     arg4: typing.Any,
     arg5: typing.Any,
-    arg6: typing.Any,
-    arg7: typing.Any,
-    arg8: Execution,
+    arg6: bool,
+    arg7: typing.SupportsInt | typing.SupportsIndex,
+    arg8: typing.Any,
+    arg9: typing.Any,
+    arg10: Execution,
 ) -> None: ...
 def attention_backward(
     arg0: typing.Any,
@@ -364,13 +371,15 @@ def attention_backward(
     arg3: typing.SupportsInt | typing.SupportsIndex,
     arg4: typing.Any,
     arg5: typing.Any,
-    arg6: typing.Any,
-    arg7: typing.Any,
+    arg6: bool,
+    arg7: typing.SupportsInt | typing.SupportsIndex,
     arg8: typing.Any,
     arg9: typing.Any,
     arg10: typing.Any,
     arg11: typing.Any,
-    arg12: Execution,
+    arg12: typing.Any,
+    arg13: typing.Any,
+    arg14: Execution,
 ) -> None: ...
 def block_backward(
     arg0: BlockKind,
@@ -651,3 +660,59 @@ def sampler_steps(
     """
 
 def select_tokens(arg0: typing.Any, arg1: DensitySchedule, arg2: typing.Any, arg3: Execution) -> None: ...
+def single_block_backward(
+    arg0: BlockKind,
+    arg1: collections.abc.Sequence,
+    arg2: typing.SupportsInt | typing.SupportsIndex,
+    arg3: typing.Any,
+    arg4: typing.Any,
+    arg5: typing.Any,
+    arg6: typing.Any,
+    arg7: typing.Any,
+    arg8: tuple,
+    arg9: typing.Any,
+    arg10: typing.Any,
+    arg11: typing.Any,
+    arg12: typing.Any,
+    arg13: typing.Any,
+    arg14: typing.Any,
+    arg15: collections.abc.Sequence,
+    arg16: typing.Any,
+    arg17: Execution,
+) -> None: ...
+def single_block_bytes(
+    arg0: BlockKind,
+    arg1: typing.SupportsInt | typing.SupportsIndex,
+    arg2: typing.SupportsInt | typing.SupportsIndex,
+    arg3: typing.SupportsInt | typing.SupportsIndex,
+    arg4: typing.SupportsInt | typing.SupportsIndex,
+    arg5: typing.SupportsInt | typing.SupportsIndex,
+    arg6: typing.SupportsInt | typing.SupportsIndex,
+    arg7: bool,
+    arg8: typing.SupportsInt | typing.SupportsIndex,
+    arg9: typing.Any,
+) -> tuple[int, int, int, int]: ...
+def single_block_forward(
+    arg0: BlockKind,
+    arg1: collections.abc.Sequence,
+    arg2: typing.SupportsInt | typing.SupportsIndex,
+    arg3: typing.Any,
+    arg4: typing.Any,
+    arg5: typing.Any,
+    arg6: typing.Any,
+    arg7: typing.Any,
+    arg8: tuple,
+    arg9: typing.Any,
+    arg10: typing.Any,
+    arg11: typing.Any,
+    arg12: Execution,
+) -> None: ...
+def single_block_parameters(
+    arg0: BlockKind,
+    arg1: typing.SupportsInt | typing.SupportsIndex,
+    arg2: typing.SupportsInt | typing.SupportsIndex,
+    arg3: bool,
+) -> list[str]: ...
+def timestep_embedding(
+    arg0: typing.Any, arg1: typing.SupportsInt | typing.SupportsIndex, arg2: typing.Any, arg3: Execution
+) -> None: ...

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ._has_torch import HAS_TORCH as _HAS_TORCH
 from .config import FlexDiTConfig
+from .config_single import FlexLatteConfig, FlexPixArtConfig
 from .sampler import QueueFull, Sampler, Session
 from .schedule import DensitySchedule
 from .version import __version__
@@ -18,6 +19,7 @@ if TYPE_CHECKING or _HAS_TORCH:
     from .layout import TokenLayout
     from .model import FlexDiT
     from .sampling import sample
+    from .single_model import FlexLatte, FlexPixArt
 else:
 
     def __getattr__(name: str):
@@ -33,6 +35,10 @@ __all__ = [
     "DensitySchedule",
     "FlexDiT",
     "FlexDiTConfig",
+    "FlexLatte",
+    "FlexLatteConfig",
+    "FlexPixArt",
+    "FlexPixArtConfig",
     "QueueFull",
     "Sampler",
     "Session",

@@ -79,13 +79,13 @@ def write_checkpoint(
             _write_safetensors(part, staged / name, metadata)
             shutil.copymode(staged / CONFIG_NAME, staged / name)  # safetensors lets nobody else read the file
         for path in sorted(staged.iterdir()):
-            _fsync(path)
+            fsync(path)
         if len(parts) > 1:
             _publish_shards(staged, directory, names, index, weights_name)
         else:
             _publish(staged, directory, weights_name)
         _remove_shards(directory, stem, keep=names if len(parts) > 1 else [])
-    _fsync(directory)
+    fsync(directory)
 
 
 def _write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -95,7 +95,7 @@ def _write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[st
         raise OSError(f"cannot write {path.name} to {path.parent.parent}: {error}") from error
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -353,7 +353,7 @@ def _named_grids(grids) -> list[tuple[str, Grid]]:
 
 
 def _table(config: FlexDiTConfig, sampler: str, steps: int | str, eta: float, clip_x0: bool) -> list:
-    """The sampler's numbers, computed by the C++ library."""
+    """The sampler's numbers, the C++ library's own, so that a C++ program's image is the same to the bit."""
     check_sampler(sampler, eta)
     check_clip_x0(clip_x0)
     eta = check_eta(eta) if sampler == "ddim" else 0.0

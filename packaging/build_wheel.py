@@ -109,7 +109,7 @@ def check(wheel: Path) -> None:
         unwanted = [name for name in names if not re.match(r"flexdit_ext(\.libs|-[^/]*\.dist-info)?/", name)]
         problems += [f"it has {name}" for name in unwanted]
         libraries = [name for name in names if re.search(r"\.so(\.\d+)*$", name)]
-        problems += [f"it has no {name}" for name in CARRIED if f"flexdit_ext/{name}" not in names]
+        problems += [f"it has no flexdit_ext/{name}" for name in CARRIED if f"flexdit_ext/{name}" not in names]
         for name in libraries:
             needed = re.findall(r"\(NEEDED\).*\[(.*)\]", run("readelf", "-d", archive.extract(name, temporary)))
             problems += [f"{name} needs {other}" for other in set(needed) - SYSTEM_LIBRARIES - CARRIED]

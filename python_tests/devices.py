@@ -59,7 +59,7 @@ def use_device(name: str, monkeypatch) -> torch.device:
             pytest.skip("the emulated module is not built: make pytest builds it")
         for module in (flexdit_ext.sampler, flexdit_ext._sampler_numpy):
             monkeypatch.setattr(module, "_C", core)
-        for module in (flexdit_ext.ops, flexdit_ext._block_ops, _sampler_torch):
+        for module in (flexdit_ext.ops, flexdit_ext._block_ops, flexdit_ext._single_ops, _sampler_torch):
             monkeypatch.setattr(module, "_C", core)
             monkeypatch.setattr(module, "execution", lambda like: core.Execution(device_index=0, stream=0))
         monkeypatch.setattr(flexdit_ext.config, "_C", core)  # of FlexDiTConfig.core

@@ -106,15 +106,9 @@ void bind_session(py::module_& m) {
              return std::make_shared<SamplingModel>(options);
            }),
            py::arg("config"), py::arg("schedule"), py::arg("parameters"), py::arg("null_label"), py::arg("exec"))
-      .def(py::init([](const Checkpoint& c, const Execution& exec) {
-             const SamplingModelOptions options{.config = c.config,
-                                                .schedule = c.schedule,
-                                                .parameters = c.parameters,
-                                                .dtype = c.dtype,
-                                                .null_label = c.has_null_class ? c.num_classes : -1,
-                                                .exec = exec};
+      .def(py::init([](const Checkpoint& checkpoint, const Execution& exec) {
              const py::gil_scoped_release release;
-             return std::make_shared<SamplingModel>(options);
+             return std::const_pointer_cast<SamplingModel>(prepare_sampling(checkpoint, exec));
            }),
            py::arg("checkpoint"), py::arg("exec"));
   py::register_local_exception<QueueFull>(m, "QueueFull", PyExc_RuntimeError);

@@ -174,6 +174,34 @@ TEST_CASE(spare_rows_of_no_samples) {
   }
 }
 
+// With a row map and with a search results are the same to the bit; and the map is what is read, if there is one.
+TEST_CASE(row_maps_and_searches) {
+  for (const auto& cases : {norm_cases(), exchange_cases(), end_cases()})
+    for (const OpCase& c : cases) {
+      const Inputs given = inputs_of(c);
+      const Result mapped = run(c, given, DType::bfloat16, false, kCuda);
+      row_maps = false;
+      const Result searched = run(c, given, DType::bfloat16, false, kCuda);
+      row_maps = true;
+      check_identical(searched.outputs, mapped.outputs, c.op + " " + c.variant + " output");
+      check_identical(searched.gradients, mapped.gradients, c.op + " " + c.variant + " gradient");
+    }
+  Random random(8);
+  Tensor x = random_tensor(6, 8, DType::float32, random), vectors = random_tensor(2, 8, DType::float32, random);
+  const HostLayout layout(2, Grid{1, 1, 3});
+  TokenLayout other = layout.view();
+  const int32_t exchanged[] = {1, 1, 1, 0, 0, 0};
+  other.row_map = exchanged;
+  for (const Execution& exec : {kCuda, Execution{}}) {
+    const auto gated = [&](const TokenLayout& l) {
+      Tensor out(6, 8, DType::float32);
+      gated_residual({.x = x.view(), .y = x.view(), .gate = vectors.view(), .layout = l, .out = out.view()}, exec);
+      return out.values();
+    };
+    CHECK(!identical(gated(other), gated(layout.view())));
+  }
+}
+
 // Many tokens in one storage type only: the emulator takes a second for them.
 TEST_CASE(sizes_of_models) {
   Worst worst;
@@ -232,10 +260,21 @@ TEST_CASE(selection) {
         t.push_back(b % 3 == 0 ? double(begin) : b % 3 == 1 ? std::nextafter(double(begin), 0) : anywhere);
       }
       std::vector<LayoutRow> got(size_t(batch + 2), {-1, {-1, -1, -1}}), wanted = got;
-      select_tokens({.t = t.data(), .batch = batch, .schedule = &schedule, .table = wanted.data()}, {});
-      select_tokens({.t = t.data(), .batch = batch, .schedule = &schedule, .table = got.data()}, kCuda);
-      for (size_t b = 0; b < got.size(); ++b)
-        CHECK_NOTE(got[b].offset == wanted[b].offset && got[b].grid == wanted[b].grid, "batch ", batch, " sample ", b);
+      SelectTokens p{.t = t.data(), .batch = batch, .schedule = &schedule, .table = wanted.data()};
+      select_tokens(p, {});
+      const TokenLayout layout{wanted.data(), batch};
+      for (const bool maps : {false, true}) {
+        const int64_t spare[] = {-7, 0, 300};  // fewer rows than there are: the map ends with them
+        std::vector<int32_t> map(size_t(std::max<int64_t>(layout.total() + spare[batch % 3], 0)) + 1, -7);
+        p.table = got.data(), p.row_map = maps ? map.data() : nullptr, p.rows = int64_t(map.size()) - 1;
+        select_tokens(p, kCuda);
+        for (size_t b = 0; b < got.size(); ++b)
+          CHECK_NOTE(got[b].offset == wanted[b].offset && got[b].grid == wanted[b].grid, "batch ", batch, " sample ",
+                     b);
+        for (int64_t r = 0; maps && r < p.rows; ++r)
+          CHECK_NOTE(map[size_t(r)] == layout.search(r), "batch ", batch, " row ", r, ": ", map[size_t(r)]);
+        CHECK_EQ(map.back(), -7);
+      }
     }
   const std::vector<double> odd = {-1, 2000, NAN};
   LayoutRow table[4];
@@ -287,6 +326,15 @@ TEST_CASE(errors) {
   const DensitySchedule many(grids), huge({{1, 1 << 15, 1 << 15}});
   std::vector<LayoutRow> table(5);
   const std::vector<double> t = {1, 2, 3, 4};
+  std::vector<int32_t> map(3);
+  const DensitySchedule single({{1, 1, 1}});
+  CHECK_EQ(
+      error_of([&] {
+        select_tokens(
+            {.t = t.data(), .batch = 4, .schedule = &single, .table = table.data(), .row_map = map.data(), .rows = 3},
+            {});
+      }),
+      "select_tokens: rows is 3, must be at least the 4 tokens of the layout");
   const auto select = [&](const DensitySchedule& schedule) {
     return error_of(
         [&] { select_tokens({.t = t.data(), .batch = 4, .schedule = &schedule, .table = table.data()}, kCuda); });
