@@ -10,15 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ._config_file import read_config_text
 from ._shards import parse_size
-from .checkpoint import (
-    check_state_dict,
-    load_state_dict_file,
-    locate,
-    one_device,
-    read_config_text,
-    write_checkpoint,
-)
+from .checkpoint import check_state_dict, load_state_dict_file, locate, one_device, write_checkpoint
 from .single_model import SingleFlexDiT
 
 _CLASS = "_class_name"
