@@ -163,7 +163,7 @@ void gated_residual(const GatedResidual& p, const Execution& exec) {
   const int64_t rows = check.rows(p.layout, p.x), cols = p.x.cols, batch = p.layout.batch;
   check.tokens("x", p.x, rows, cols);
   check.tokens("y", p.y, p.y_per_sample ? batch : rows, cols);
-  check.matrix("gate", p.gate, batch, cols);
+  check.optional("gate", p.gate, batch, cols);
   check.tokens("out", p.out, rows, cols, Access::write);
   check_norm_fields(check, p.shift, p.scale, p.normed, batch, rows, cols);
   FLEXDIT_RUN(cpu::kernels().gated_residual, cuda::gated_residual);
@@ -276,6 +276,7 @@ void check_attention(Checker& check, const Attention& p, Access results) {
   check.holds(p.num_heads >= 1 && p.q.cols % p.num_heads == 0, "num_heads is ", p.num_heads, ", must divide the ",
               p.q.cols, " columns of q");
   if (p.lse) check.accumulation("lse", p.lse, rows_q, p.num_heads, results);
+  check.holds(!p.across_frames || p.layout_k.table == p.layout_q.table, "across_frames needs layout_k to be layout_q");
 }
 
 }  // namespace
