@@ -95,9 +95,7 @@ def _check_conditions(name: str, conditions) -> int:
         raise TypeError(f"{name} is {type(conditions).__name__}, must map names to tensors")
     counts = {key: len(value) for key, value in conditions.items() if value.dim()}
     if len(counts) != len(conditions) or len(set(counts.values())) != 1:
-        raise ValueError(
-            f"{name} has {counts} samples, all of its tensors must have the same number, at least one tensor"
-        )
+        raise ValueError(f"{name} has {counts} samples, must have a tensor, and in all of them the same number")
     return next(iter(counts.values()))
 
 
@@ -124,13 +122,8 @@ class _Denoiser:
     """The model's output for one batch, guided."""
 
     def __init__(self, model, conditions, null, scales, interval, channels, grids):
-        self.model, self.conditions, self.interval, self.channels, self.grids = (
-            model,
-            conditions,
-            interval,
-            channels,
-            grids,
-        )
+        self.model, self.conditions, self.grids = model, conditions, grids
+        self.interval, self.channels = interval, channels
         self.dtype, self.labels = model.patch_embed.weight.dtype, next(iter(conditions.values()))
         # All scales 1: the conditional output alone is the same thing.
         self.scales = None if scales is None or bool((scales == 1).all()) else scales
