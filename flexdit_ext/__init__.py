@@ -19,6 +19,7 @@ if TYPE_CHECKING or _HAS_TORCH:
     from .layout import TokenLayout
     from .model import FlexDiT
     from .sampling import sample
+    from .sampling_single import sample_conditional
     from .single_model import FlexLatte, FlexPixArt
 else:
 
@@ -49,4 +50,5 @@ __all__ = [
     "ops",
     "reference",
     "sample",
+    "sample_conditional",
 ]

@@ -36,12 +36,18 @@ def check_readable(path: Path) -> None:
 
 def read_config(weights: Path) -> tuple[FlexDiTConfig, str]:
     """The configuration and where it was found."""
+    text, source = read_config_text(weights)
+    return _parse_config(text, source), source
+
+
+def read_config_text(weights: Path) -> tuple[str | bytes, str]:
+    """The configuration's JSON and where it was found."""
     sources = [_config_beside, _config_within]
     usual = weights.name in (WEIGHTS_NAME, INDEX_NAME)
     for read in sources if usual else reversed(sources):
         text, source = read(weights)
         if text is not None:
-            return _parse_config(text, source), source
+            return text, source
     raise FileNotFoundError(f"{weights} has no configuration: neither {CONFIG_NAME} beside it nor one in its metadata")
 
 

@@ -183,20 +183,26 @@ def load_pretrained(
     Raises FileNotFoundError, or ValueError naming the file: unreadable, truncated or corrupt files, a configuration
     that is not JSON, has unknown keys or wrong types, and tensors that do not match it (see check_state_dict).
     """
-    device = _one_device(device, device_map)
-    if not os.path.exists(path) and is_hub_id(path):
-        options = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
-        path = fetch(path, **options)
-    weights = find_weights(Path(path))
-    check_readable(weights)
-    if not weights.name.endswith((".safetensors", INDEX_SUFFIX)):
-        raise ValueError(f"{weights} is not a .safetensors file; `flexdit convert` reads other checkpoints")
+    device = one_device(device, device_map)
+    options = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+    weights = locate(path, **options)
     state_dict = load_state_dict_file(weights)
     config, source = read_config(weights)
     return build_model(config, state_dict, dtype, device, source=f"{weights} with the configuration in {source}")
 
 
-def _one_device(device, device_map) -> torch.device | None:
+def locate(path: str | os.PathLike, **options) -> Path:
+    """The safetensors file or index of a folder, a file, or an id on the Hub, fetched with the options."""
+    if not os.path.exists(path) and is_hub_id(path):
+        path = fetch(path, **options)
+    weights = find_weights(Path(path))
+    check_readable(weights)
+    if not weights.name.endswith((".safetensors", INDEX_SUFFIX)):
+        raise ValueError(f"{weights} is not a .safetensors file; `flexdit convert` reads other checkpoints")
+    return weights
+
+
+def one_device(device, device_map) -> torch.device | None:
     if device_map is None:
         return None if device is None else torch.device(device)
     if device is not None:
