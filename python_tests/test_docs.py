@@ -35,7 +35,7 @@ def blocks(language: str) -> list:
 
 
 def test_every_block_has_a_known_language():
-    assert {language for _, language, _ in BLOCKS} <= {"python", "sh", *SOURCES}
+    assert {language for _, language, _ in BLOCKS} <= {"python", "sh", "toml", *SOURCES}
     assert {page.name for page, _, _ in BLOCKS} >= {"README.md", "training.md", "serving.md", "cpp.md", "method.md"}
 
 
@@ -47,17 +47,6 @@ def workplace(tmp_path, monkeypatch):
     tiny_model(num_classes=10).save_pretrained(tmp_path / "out" / "flexdit")
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.mark.parametrize(
-    "page", sorted({page for page, known, _ in BLOCKS if known == "python"} - {README}), ids=lambda page: page.name
-)
-def test_python(page, workplace):
-    """A page's blocks go on from one to the next."""
-    scope = {"__name__": page.stem}
-    for other, language, code in BLOCKS:
-        if (other, language) == (page, "python"):
-            exec(compile(code, str(page), "exec"), scope)
 
 
 def run(line: str, folder: Path) -> None:
@@ -86,11 +75,19 @@ def run(line: str, folder: Path) -> None:
     assert result.returncode == 0, f"{line}: {result.stdout}{result.stderr}"
 
 
-@pytest.mark.parametrize("page, code", blocks("sh"))
-def test_shell(page, code, workplace):
-    for line in code.replace("\\\n", " ").splitlines():
-        if page != README or not line.startswith("flexdit "):
-            run(line, workplace)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_page(page, workplace):
+    """In the page's order; Python goes on from block to block."""
+    scope = {"__name__": page.stem}
+    for language, code in [(language, code) for other, language, code in BLOCKS if other == page]:
+        if language == "python" and page != README:
+            exec(compile(code, str(page), "exec"), scope)
+        elif language == "toml":
+            Path(re.match(r"# (\S+\.toml)\n", code)[1]).write_text(code)
+        elif language == "sh":
+            for line in code.replace("\\\n", " ").splitlines():
+                if page != README or not line.startswith("flexdit "):
+                    run(line, workplace)
 
 
 def squeezed(text: str, comment: str) -> str:
