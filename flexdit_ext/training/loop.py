@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..blocks import Block
 from ..diffusion import ddpm_loss, flow_loss
 from ..diffusion.ddpm import NUM_TIMESTEPS, at_least_float32
 from ..model import FlexDiT
@@ -107,7 +108,7 @@ class Trainer:
         self.wrapped = parallel.wrap(self.model)
         if config.compile:
             self._compile()
-        self.parameters = dict(self.model.named_parameters())
+        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.average = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.optimizer = self._new_optimizer()
         self.slots = rank_slots(config, parallel.rank, parallel.world)
@@ -132,13 +133,13 @@ class Trainer:
         self._lock = lock
 
     def _compile(self) -> None:
-        """In place, so that names stay; FSDP2 gathers a block's weights between blocks, so those are compiled there."""
-        if self.parallel.sharded:
-            for block in self.model.modules():
-                if block is not self.model and hasattr(block, "set_requires_gradient_sync"):
-                    block.compile()
-        else:
+        """In place, so that names stay. FSDP2 gathers weights in hooks around a block: what is within is compiled."""
+        if not self.parallel.sharded:
             self.model.compile()
+            return
+        for block in self.model.modules():
+            if isinstance(block, Block):
+                block.forward = torch.compile(block.forward)
 
     def _new_optimizer(self) -> torch.optim.AdamW:
         settings = self.config.optimizer
@@ -415,13 +416,12 @@ class Trainer:
 
     def averaged_model(self) -> FlexDiT | None:
         """On the main process's CPU, in evaluation mode; None on the others, which have to call it as well."""
-        tensors = self.parallel.full(self.average)
+        tensors = self.parallel.full(self.model.state_dict() | self.average)
         if tensors is None:
             return None
         with torch.device("meta"):
             model = FlexDiT(self.model.config)
-        position = self.model.pos_embed.detach().cpu()
-        model.load_state_dict(tensors | {"pos_embed": position}, assign=True)
+        model.load_state_dict(tensors, assign=True)
         return model.eval().requires_grad_(False)
 
     def _sample(self, log: RunLog | None) -> None:
