@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _C, _block_ops
+from ._adapters import active_module, effective_parameters
 from .layout import TokenLayout
 
 
@@ -84,7 +85,8 @@ class Block(nn.Module):
 
     def linears(self) -> list[nn.Linear]:
         """In the C++ library's order, _C.block_parameters."""
-        return [self.modulation, *self.attn.children(), self.mlp.fc1, self.mlp.fc2]
+        attention, mlp = active_module(self.attn), active_module(self.mlp)
+        return [self.modulation, *attention.children(), mlp.fc1, mlp.fc2]
 
     def compute(
         self,
@@ -94,8 +96,10 @@ class Block(nn.Module):
         other: Tensor | None = None,
         other_layout: TokenLayout | None = None,
         position: Tensor | None = None,
+        adapter: str | None = None,
     ) -> Tensor:
-        parameters = [parameter for layer in self.linears() for parameter in (layer.weight, layer.bias)]
+        """adapter: of peft, the only one to apply; None applies the active ones."""
+        parameters = [p for layer in self.linears() for p in effective_parameters(layer, adapter)]
         other_table = None if other_layout is None else other_layout.table
         named = {"condition": condition, "other": other, "layout": layout.table, "other_layout": other_table}
         require_device(x.device, parameters, **named, position=position)
@@ -127,9 +131,9 @@ class PoolingBlock(Block):
     def __init__(self, hidden_size: int, num_heads: int, mlp_hidden_size: int):
         super().__init__(hidden_size, num_heads, mlp_hidden_size, PooledAttention(hidden_size))
 
-    def forward(self, x: Tensor, condition: Tensor, layout: TokenLayout) -> Tensor:
-        """x [R, C]; condition [B, C]. Returns [R, C]."""
-        return self.compute(x, condition, layout)
+    def forward(self, x: Tensor, condition: Tensor, layout: TokenLayout, adapter: str | None = None) -> Tensor:
+        """x [R, C]; condition [B, C]; adapter as in compute. Returns [R, C]."""
+        return self.compute(x, condition, layout, adapter=adapter)
 
 
 class DenseBlock(Block):
@@ -140,9 +144,9 @@ class DenseBlock(Block):
     def __init__(self, hidden_size: int, num_heads: int, mlp_hidden_size: int):
         super().__init__(hidden_size, num_heads, mlp_hidden_size, SelfAttention(hidden_size))
 
-    def forward(self, x: Tensor, condition: Tensor, layout: TokenLayout) -> Tensor:
-        """x [R, C]; condition [B, C]. Returns [R, C]."""
-        return self.compute(x, condition, layout)
+    def forward(self, x: Tensor, condition: Tensor, layout: TokenLayout, adapter: str | None = None) -> Tensor:
+        """x [R, C]; condition [B, C]; adapter as in compute. Returns [R, C]."""
+        return self.compute(x, condition, layout, adapter=adapter)
 
 
 class GenerationBlock(Block):
@@ -154,10 +158,16 @@ class GenerationBlock(Block):
         super().__init__(hidden_size, num_heads, mlp_hidden_size, CrossAttention(hidden_size))
 
     def forward(
-        self, s: Tensor, x: Tensor, condition: Tensor, sparse_layout: TokenLayout, layout: TokenLayout
+        self,
+        s: Tensor,
+        x: Tensor,
+        condition: Tensor,
+        sparse_layout: TokenLayout,
+        layout: TokenLayout,
+        adapter: str | None = None,
     ) -> Tensor:
-        """s [Rs, C]; x [R, C]; condition [B, C]. Returns [Rs, C]."""
-        return self.compute(s, condition, sparse_layout, x, layout)
+        """s [Rs, C]; x [R, C]; condition [B, C]; adapter as in compute. Returns [Rs, C]."""
+        return self.compute(s, condition, sparse_layout, x, layout, adapter=adapter)
 
 
 class RecoveryBlock(Block):
@@ -182,9 +192,10 @@ class RecoveryBlock(Block):
         layout: TokenLayout,
         sparse_layout: TokenLayout,
         position: Tensor | None = None,
+        adapter: str | None = None,
     ) -> Tensor:
-        """x [R, C]; s [Rs, C]; condition [B, C]; position [N, C] or None. Returns [R, C]."""
-        return self.compute(x, condition, layout, s, sparse_layout, position)
+        """x [R, C]; s [Rs, C]; condition [B, C]; position [N, C] or None; adapter as in compute. Returns [R, C]."""
+        return self.compute(x, condition, layout, s, sparse_layout, position, adapter)
 
 
 class SparseDenseTokenModule(nn.Module):

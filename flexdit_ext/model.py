@@ -9,24 +9,30 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import _C, _block_ops, ops
+from ._adapters import active_module, by_segment, effective_parameters, require_adapters
 from ._arguments import Grid, check_grid, check_number, check_tensor
 from .blocks import Block, DenseBlock, PoolingBlock, SparseDenseTokenModule, autocast_dtype, cast, require_device
 from .config import FlexDiTConfig
 from .layout import TokenLayout
 
 
-def sincos_position_embedding(grid: Grid, dim: int) -> Tensor:
+def sincos_position_embedding(grid: Grid, dim: int, base: Grid | None = None, scale: float = 1.0) -> Tensor:
     """The fixed 2-D sin-cos position embedding [h * w, dim], float32: the first half encodes x, the second y, each as
-    sines and cosines of w_i = 10000^(-i / (dim / 4)). Source: DiT (after MAE), arXiv 2212.09748."""
+    sines and cosines of w_i = 10000^(-i / (dim / 4)). Source: DiT (after MAE), arXiv 2212.09748.
+
+    The positions of a grid of another size than `base` are stretched to base's, and all are divided by `scale`, as in
+    PixArt-alpha (arXiv 2310.00426)."""
     height, width = grid[-2:]
+    base_height, base_width = grid[-2:] if base is None else base
     frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
 
-    def encode(positions: Tensor) -> Tensor:
-        angles = positions.to(torch.float64)[:, None] * frequencies
+    def encode(side: int, base_side: int) -> Tensor:
+        positions = torch.arange(side, dtype=torch.float64) / (side / base_side) / scale
+        angles = positions[:, None] * frequencies
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
-    x = encode(torch.arange(width)).repeat(height, 1)
-    y = encode(torch.arange(height)).repeat_interleave(width, 0)
+    x = encode(width, base_width).repeat(height, 1)
+    y = encode(height, base_height).repeat_interleave(width, 0)
     return torch.cat([x, y], dim=1).float()
 
 
@@ -65,6 +71,7 @@ class FlexDiT(nn.Module):
         self.config = config
         self.schedule = config.density_schedule
         self.activation_checkpointing = False
+        self.segment_adapters: tuple[str, ...] | None = None  # of peft, one for each density segment: flexdit_ext.lora
         hidden, patch = config.hidden_size, config.patch_size
         size = (hidden, config.num_heads, config.mlp_hidden_size)
         position = sincos_position_embedding(config.dense_grid, hidden)
@@ -116,8 +123,13 @@ class FlexDiT(nn.Module):
         Returns [B, out_channels, input_size, input_size]. In train() labels are dropped with class_dropout_prob.
         Raises TypeError or ValueError naming the argument.
         """
-        config = self.config
         self._check_inputs(x, t, y)
+        if self.segment_adapters is None:
+            return self._forward(x, t, y, grid)
+        return self._forward_segments(x, t, y, grid)
+
+    def _forward(self, x: Tensor, t: Tensor, y: Tensor, grid, adapter: str | None = None) -> Tensor:
+        config = self.config
         sparse_layout = self._sparse_layout(x.shape[0], t, grid, x.device)
         layout = TokenLayout.uniform(x.shape[0], config.dense_grid, x.device)
         t = t.to(x.device)
@@ -125,9 +137,11 @@ class FlexDiT(nn.Module):
         if self.training and config.class_dropout_prob > 0:
             dropped = torch.rand(y.shape, device=y.device) < config.class_dropout_prob
         dtype = autocast_dtype(x)
-        layer = self.final_layer
-        final_parameters = [layer.modulation.weight, layer.modulation.bias, layer.linear.weight, layer.linear.bias]
-        condition_parameters = self._condition_parameters()
+        layer = active_module(self.final_layer, adapter)
+        final_parameters = [
+            p for linear in (layer.modulation, layer.linear) for p in effective_parameters(linear, adapter)
+        ]
+        condition_parameters = self._condition_parameters(adapter)
         require_device(x.device, [*condition_parameters, self.pos_embed, *final_parameters])
         condition = _block_ops.condition(
             t,
@@ -137,15 +151,15 @@ class FlexDiT(nn.Module):
             self.schedule.num_timesteps,
             config.timestep_shift,
         )
-        x, weight, bias, position = cast([x, self.patch_embed.weight, self.patch_embed.bias, self.pos_embed], dtype)
+        x, weight, bias, position = cast([x, *effective_parameters(self.patch_embed, adapter), self.pos_embed], dtype)
         tokens, _ = _block_ops.patch_embed(x, weight, bias, position, layout.table)
         for block in self.pooling_blocks:
-            tokens = self._run(block, tokens, condition, layout)
+            tokens = self._run(block, tokens, condition, layout, adapter)
         position = position if config.reinject_position else None
         for module in self.sdtm:
-            tokens = self._run_sdtm(module, tokens, condition, layout, sparse_layout, position)
+            tokens = self._run_sdtm(module, tokens, condition, layout, sparse_layout, position, adapter)
         for block in self.dense_blocks:
-            tokens = self._run(block, tokens, condition, layout)
+            tokens = self._run(block, tokens, condition, layout, adapter)
         return _block_ops.final_layer(
             cast(final_parameters, dtype),
             tokens,
@@ -209,21 +223,34 @@ class FlexDiT(nn.Module):
             return checkpoint(block, *arguments, use_reentrant=False)
         return block(*arguments)
 
-    def _run_sdtm(self, module, tokens, condition, layout, sparse_layout, position) -> Tensor:
+    def _run_sdtm(self, module, tokens, condition, layout, sparse_layout, position, adapter) -> Tensor:
         sparse = ops.pool_tokens_with_position(tokens, position, layout, sparse_layout)
         for block in module.generation:
-            sparse = self._run(block, sparse, tokens, condition, sparse_layout, layout)
+            sparse = self._run(block, sparse, tokens, condition, sparse_layout, layout, adapter)
         for block in module.sparse:
-            sparse = self._run(block, sparse, condition, sparse_layout)
+            sparse = self._run(block, sparse, condition, sparse_layout, adapter)
         for block in module.recovery:
-            tokens = self._run(block, tokens, sparse, condition, layout, sparse_layout, position)
+            tokens = self._run(block, tokens, sparse, condition, layout, sparse_layout, position, adapter)
         for block in module.dense:
-            tokens = self._run(block, tokens, condition, layout)
+            tokens = self._run(block, tokens, condition, layout, adapter)
         return tokens
 
-    def _condition_parameters(self) -> list[Tensor]:
-        fc1, fc2 = self.timestep_embed.fc1, self.timestep_embed.fc2
-        return [fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.label_embed.weight]
+    def _condition_parameters(self, adapter: str | None) -> list[Tensor]:
+        timestep = active_module(self.timestep_embed, adapter)
+        linears = [p for layer in (timestep.fc1, timestep.fc2) for p in effective_parameters(layer, adapter)]
+        return [*linears, effective_parameters(self.label_embed, adapter)[0]]
+
+    def _forward_segments(self, x: Tensor, t: Tensor, y: Tensor, grid) -> Tensor:
+        """One pass for each density segment's samples, with that segment's adapter (flexdit_ext.lora)."""
+        require_adapters(self, self.segment_adapters)
+        # A segment without samples takes part in training: every rank calls every block equally often, as FSDP needs,
+        # and every adapter has a gradient, as DDP needs.
+        absent = torch.is_grad_enabled() or (torch.distributed.is_available() and torch.distributed.is_initialized())
+
+        def run(segment: int, x: Tensor, t: Tensor, y: Tensor, grid) -> Tensor:
+            return self._forward(x, t, y, grid, self.segment_adapters[segment])
+
+        return by_segment(run, self.schedule, x, t, y, grid, absent=absent)
 
     def _sparse_layout(self, batch: int, t: Tensor, grid, device: torch.device) -> TokenLayout | None:
         if grid is None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 from . import _C
-from ._arguments import Grid, check_count, check_grid, check_grids, check_number
+from ._checks import Grid, check_count, check_grid, check_grids, check_number
 
 MAX_TIMESTEPS = 10**6
 
@@ -92,6 +93,11 @@ class DensitySchedule:
     def grid(self, t: float) -> Grid:
         """The sparse grid of timestep t in [0, num_timesteps]; t may be fractional."""
         return self._core.grid(check_number("t", t))
+
+    def segment(self, t: float) -> int:
+        """The index into `grids` and `begins` of timestep t's segment; t as in grid."""
+        self.grid(t)  # for its check
+        return bisect_right(self.begins, t) - 1
 
     def pruning_rate(self, t: float, dense_grid: Grid) -> float:
         """1 - M / N at timestep t, N being the tokens of `dense_grid`."""

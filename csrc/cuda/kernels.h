@@ -12,6 +12,10 @@ namespace flexdit::cuda {
 constexpr int64_t kMaxColumns = 1536;  // a warp keeps a token in registers
 constexpr size_t kMaxSegments = 64;    // of a density schedule: it travels as a kernel parameter
 
+// modulated_mean adds up tokens in parts of so many, which lie in its workspace: float32 [mean_parts, C].
+constexpr int64_t kMeanRows = 16;
+constexpr int64_t mean_parts(int64_t batch, int64_t rows) { return rows / kMeanRows + batch; }
+
 void linear(const Linear& p, const Execution& exec);
 void linear_backward(const LinearBackward& p, const Execution& exec);
 void modulated_layer_norm(const ModulatedLayerNorm& p, const Execution& exec);

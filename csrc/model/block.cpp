@@ -1,9 +1,8 @@
 // The blocks of method.md, composed of the operations of ops.h.
 #include "flexdit/block.h"
 
-#include <algorithm>
-
-#include "model/arena.h"
+#include "model/block_plans.h"
+#include "ops/message.h"
 
 namespace flexdit {
 namespace {
@@ -16,8 +15,6 @@ Matrix part(const Matrix& modulation, Part which) {
   return modulation.columns(which * c, c);
 }
 
-bool is_cross(BlockKind kind) { return kind == BlockKind::generation || kind == BlockKind::recovery; }
-
 // A linear layer's weight and bias, or their gradients.
 struct Layer {
   Matrix weight, bias;
@@ -26,105 +23,25 @@ struct Layer {
 
 // A block's parameters by role; the order is block_parameters'.
 struct Roles {
-  Layer modulation, v, q, kv, qkv, proj, fc1, fc2, from_sparse, from_dense;
+  Layer modulation, v, q, kv, qkv, proj, cross_q, cross_kv, cross_proj, fc1, fc2, from_sparse, from_dense;
 
-  Roles(BlockKind kind, std::span<const Matrix> list, std::span<const PackedWeight* const> packed = {}) {
+  Roles(const BlockShape& s, std::span<const Matrix> list, std::span<const PackedWeight* const> packed = {}) {
     size_t next = 0;
     const auto take = [&](Layer& layer) {
       layer = {list[next], list[next + 1], packed.empty() ? nullptr : packed[next]};
       next += 2;
     };
-    take(modulation);
+    const BlockKind kind = s.kind;
+    if (!s.style.shared_modulation) take(modulation);
     if (kind == BlockKind::recovery) take(from_sparse), take(from_dense);
     if (kind == BlockKind::pooling) take(v);
     if (kind == BlockKind::dense) take(qkv);
     if (is_cross(kind)) take(q), take(kv);
-    take(proj), take(fc1), take(fc2);
+    take(proj);
+    if (s.style.caption) take(cross_q), take(cross_kv), take(cross_proj);
+    take(fc1), take(fc2);
   }
 };
-
-// What forward writes and backward reads.
-struct Context {
-  Matrix modulation;  // [B, 6C]
-  Matrix pooled;      // pooling: [B, C], mean of the modulated tokens
-  Matrix v;           // pooling: [B, C], W_v of it
-  Matrix base;        // recovery: [R, C], m
-  Matrix qkv;         // dense: [R, 3C]
-  Matrix q, kv;       // generation, recovery: [R, C], [Ro, 2C]
-  Matrix attended;    // [R, C], before the projection
-  Matrix lse;         // [R, heads]
-  Matrix y1;          // [R, C], pooling [B, C]: the first branch
-  Matrix x1;          // [R, C], after the first residual
-  Matrix h;           // [R, 4C], before GELU
-  Matrix y2;          // [R, C], the second branch
-};
-
-Context plan_context(const BlockShape& s, Arena& arena) {
-  const int64_t c = s.hidden;
-  const auto rows = [&](int64_t cols) { return arena.matrix(s.rows, cols, s.dtype); };
-  const auto samples = [&](int64_t cols) { return arena.matrix(s.batch, cols, s.dtype); };
-  Context k;
-  k.modulation = samples(6 * c);
-  if (s.kind == BlockKind::pooling) k.pooled = samples(c), k.v = samples(c), k.y1 = samples(c);
-  if (s.kind == BlockKind::recovery) k.base = rows(c);
-  if (s.kind == BlockKind::dense) k.qkv = rows(3 * c);
-  if (is_cross(s.kind)) k.q = rows(c), k.kv = arena.matrix(s.other_rows, 2 * c, s.dtype);
-  if (s.kind != BlockKind::pooling) {
-    k.attended = rows(c);
-    k.lse = arena.matrix(s.rows, s.num_heads, accumulation_type(s.dtype));
-    k.y1 = rows(c);
-  }
-  k.x1 = rows(c);
-  k.h = rows(s.mlp_hidden);
-  k.y2 = rows(c);
-  return k;
-}
-
-// Without a backward to come, the same fields share memory wherever one is dead before the next is written.
-Context plan_inference(const BlockShape& s, const Matrix& out, Arena& arena) {
-  const int64_t c = s.hidden;
-  Context k;
-  k.modulation = arena.matrix(s.batch, 6 * c, s.dtype);
-  k.x1 = out;
-  k.h = arena.matrix(s.rows, s.mlp_hidden, s.dtype);
-  if (s.kind == BlockKind::pooling) {
-    k.pooled = arena.matrix(s.batch, c, s.dtype);
-    k.v = arena.matrix(s.batch, c, s.dtype);
-    k.y1 = arena.matrix(s.batch, c, s.dtype);
-    k.y2 = arena.matrix(s.rows, c, s.dtype);
-    return k;
-  }
-  if (s.kind == BlockKind::recovery) k.base = out;
-  if (s.kind == BlockKind::dense) {  // queries, keys and values are dead before h is written
-    const bool fits = s.mlp_hidden >= 3 * c;
-    k.qkv = fits ? Matrix{k.h.data, s.rows, 3 * c, 3 * c, s.dtype} : arena.matrix(s.rows, 3 * c, s.dtype);
-  }
-  if (is_cross(s.kind)) k.q = arena.matrix(s.rows, c, s.dtype), k.kv = arena.matrix(s.other_rows, 2 * c, s.dtype);
-  k.attended = arena.matrix(s.rows, c, s.dtype);
-  k.y1 = arena.matrix(s.rows, c, s.dtype);
-  k.y2 = k.y1;
-  return k;
-}
-
-struct Workspace {
-  Matrix silu;       // [B, C]
-  Matrix n;          // [R, C]
-  Matrix n_other;    // [Ro, C]
-  Matrix u;          // recovery: [Ro, C], W_1 of the sparse tokens
-  Matrix act;        // with a context: [R, 4C], GELU of it, which backward computes again
-  void* statistics;  // of R rows
-};
-
-Workspace plan_workspace(const BlockShape& s, bool keeps_context, Arena& arena) {
-  Workspace w;
-  w.silu = arena.matrix(s.batch, s.hidden, s.dtype);
-  w.n = arena.matrix(s.rows, s.hidden, s.dtype);
-  if (is_cross(s.kind)) w.n_other = arena.matrix(s.other_rows, s.hidden, s.dtype);
-  if (s.kind == BlockKind::recovery) w.u = arena.matrix(s.other_rows, s.hidden, s.dtype);
-  if (keeps_context) w.act = arena.matrix(s.rows, s.mlp_hidden, s.dtype);
-  w.statistics = arena.bytes(row_statistics_workspace(s.dtype, s.rows));
-  return w;
-}
 
 void apply(const Layer& layer, const Matrix& x, const Matrix& y, const Execution& exec,
            Activation activation = Activation::none) {
@@ -137,7 +54,7 @@ void apply(const Layer& layer, const Matrix& x, const Matrix& y, const Execution
          exec);
 }
 
-Attention attention_of(const BlockForward& p, const Context& k) {
+Attention attention_of(const BlockForward& p, const BlockContext& k) {
   const int64_t c = p.shape.hidden;
   Attention a;
   if (is_cross(p.shape.kind)) {
@@ -145,9 +62,10 @@ Attention attention_of(const BlockForward& p, const Context& k) {
     a.layout_k = p.other_layout;
   } else {
     a.q = k.qkv.columns(0, c), a.k = k.qkv.columns(c, c), a.v = k.qkv.columns(2 * c, c);
-    a.layout_k = p.layout;
+    a.layout_k = p.attention_layout.table ? p.attention_layout : p.layout;
+    a.across_frames = p.across_frames, a.max_positions = p.max_positions;
   }
-  a.layout_q = p.layout;
+  a.layout_q = is_cross(p.shape.kind) ? p.layout : a.layout_k;
   a.num_heads = p.shape.num_heads;
   a.out = k.attended;
   a.lse = k.lse;
@@ -167,9 +85,11 @@ void normalize(const Matrix& x, const TokenLayout& layout, const Matrix& modulat
 }
 
 // The tokens that the first residual adds to: x, or m in recovery.
-Matrix base_of(const BlockForward& p, const Context& k) { return p.shape.kind == BlockKind::recovery ? k.base : p.x; }
+Matrix base_of(const BlockForward& p, const BlockContext& k) {
+  return p.shape.kind == BlockKind::recovery ? k.base : p.x;
+}
 
-void forward_attention(const BlockForward& p, const Roles& w, const Context& k, const Workspace& ws,
+void forward_attention(const BlockForward& p, const Roles& w, const BlockContext& k, const BlockWorkspace& ws,
                        const Execution& exec) {
   const auto& kind = p.shape.kind;
   if (kind == BlockKind::pooling) {  // identity 1: mean first, then W_v and W_o of one vector per sample
@@ -178,9 +98,10 @@ void forward_attention(const BlockForward& p, const Roles& w, const Context& k, 
                     .scale = part(k.modulation, kScale1),
                     .layout = p.layout,
                     .mean = k.pooled,
-                    .workspace = ws.statistics},
+                    .workspace = ws.mean},
                    exec);
-    if (p.prepared.folded_weight) return apply({p.prepared.folded_weight, p.prepared.folded_bias}, k.pooled, k.y1, exec);
+    if (p.prepared.folded_weight)
+      return apply({p.prepared.folded_weight, p.prepared.folded_bias}, k.pooled, k.y1, exec);
     apply(w.v, k.pooled, k.v, exec);
     apply(w.proj, k.v, k.y1, exec);
     return;
@@ -214,59 +135,58 @@ void forward_attention(const BlockForward& p, const Roles& w, const Context& k, 
   apply(w.proj, k.attended, k.y1, exec);
 }
 
+Attention cross_attention_of(const BlockForward& p, const BlockContext& k) {
+  const int64_t c = p.shape.hidden;
+  const Matrix& kv = p.prepared.caption_kv ? p.prepared.caption_kv : k.cross_kv;
+  return {.q = k.cross_q,
+          .k = kv.columns(0, c),
+          .v = kv.columns(c, c),
+          .layout_q = p.layout,
+          .layout_k = p.caption_layout,
+          .num_heads = p.shape.num_heads,
+          .out = k.cross_attended,
+          .lse = k.cross_lse};
+}
+
+// The first residual, the caption's branch if there is one, and the norm that the MLP begins with.
+void forward_residuals(const BlockForward& p, const Roles& w, const BlockContext& k, const BlockWorkspace& ws,
+                       const Execution& exec) {
+  GatedResidual first{.x = base_of(p, k),
+                      .y = k.y1,
+                      .gate = part(k.modulation, kGate1),
+                      .layout = p.layout,
+                      .out = k.x1,
+                      .y_per_sample = p.shape.kind == BlockKind::pooling};
+  GatedResidual second{.x = k.x1, .y = ws.cross_y, .layout = p.layout, .out = k.x2};
+  GatedResidual& last = p.shape.style.caption ? second : first;
+  last.shift = part(k.modulation, kShift2), last.scale = part(k.modulation, kScale2);
+  last.normed = ws.n, last.eps = p.mlp_norm_eps;
+  gated_residual(first, exec);
+  if (!p.shape.style.caption) return;
+  apply(w.cross_q, k.x1, k.cross_q, exec);
+  if (!p.prepared.caption_kv) apply(w.cross_kv, p.caption, k.cross_kv, exec);
+  attention(cross_attention_of(p, k), exec);
+  apply(w.cross_proj, k.cross_attended, ws.cross_y, exec);
+  gated_residual(second, exec);
+}
+
 void check_lists(const BlockForward& p) {
-  const size_t wanted = block_parameters(p.shape.kind, p.shape.hidden, p.shape.mlp_hidden).size();
-  const auto require = [&](bool holds, const std::string& message) {
-    if (!holds) throw ArgumentError(std::string(name_of(p.shape.kind)) + " block: " + message);
+  const size_t wanted = block_parameter_count(p.shape.kind, p.shape.style);
+  const auto require = [&](bool holds, const auto&... parts) {
+    if (!holds) refuse(name_of(p.shape.kind), " block: ", parts...);
   };
-  require(p.parameters.size() == wanted, "parameters holds " + std::to_string(p.parameters.size()) +
-                                             " tensors, must hold " + std::to_string(wanted));
+  require(p.parameters.size() == wanted, "parameters holds ", p.parameters.size(), " tensors, must hold ", wanted);
   const BlockPrepared& prepared = p.prepared;
   require(prepared.packed.empty() || prepared.packed.size() == wanted, "prepared.packed must be as long as parameters");
   const bool any = prepared.modulation || prepared.folded_weight || prepared.normed_x || prepared.normed_other ||
-                   prepared.next.normed;
+                   prepared.next.normed || prepared.caption_kv;
   require(!any || !p.context, "prepared is for inference, a context keeps what backward needs");
+  require((!p.attention_layout.table && !p.across_frames) || p.shape.kind == BlockKind::dense,
+          "attention within or across frames is for dense blocks");
+  require(!p.shape.style.caption || p.caption_layout.batch == p.shape.batch,
+          "caption_layout must have a caption for each sample");
   require(!prepared.normed_x || p.shape.kind == BlockKind::dense || p.shape.kind == BlockKind::generation,
           "prepared.normed_x is not what this block begins with");
-}
-
-struct BackwardWorkspace {
-  Matrix silu, grad_silu;            // [B, C]
-  Matrix grad_modulation;            // [B, 6C]
-  Matrix grad_y;                     // [R, C]
-  Matrix n;                          // [R, C]: a modulated layer norm again
-  Matrix grad_n;                     // [R, C]
-  Matrix act, grad_h;                // [R, 4C]
-  Matrix grad_qkv, grad_q, grad_kv;  // as in the context
-  Matrix n_other, grad_n_other;      // [Ro, C]
-  Matrix grad_base;                  // recovery: [R, C]
-  Matrix grad_pooled, grad_v;        // pooling: [B, C]
-  void* statistics;
-  void* linear;
-};
-
-BackwardWorkspace plan_backward(const BlockShape& s, Arena& arena) {
-  const int64_t c = s.hidden;
-  const auto rows = [&](int64_t cols) { return arena.matrix(s.rows, cols, s.dtype); };
-  const auto other_rows = [&](int64_t cols) { return arena.matrix(s.other_rows, cols, s.dtype); };
-  const auto samples = [&](int64_t cols) { return arena.matrix(s.batch, cols, s.dtype); };
-  BackwardWorkspace w;
-  w.silu = samples(c), w.grad_silu = samples(c), w.grad_modulation = samples(6 * c);
-  w.grad_y = rows(c), w.n = rows(c), w.grad_n = rows(c);
-  w.act = rows(s.mlp_hidden), w.grad_h = rows(s.mlp_hidden);
-  if (s.kind == BlockKind::pooling) w.grad_pooled = samples(c), w.grad_v = samples(c);
-  if (s.kind == BlockKind::dense) w.grad_qkv = rows(3 * c);
-  if (is_cross(s.kind)) {
-    w.grad_q = rows(c), w.grad_kv = other_rows(2 * c);
-    w.n_other = other_rows(c), w.grad_n_other = other_rows(c);
-  }
-  if (s.kind == BlockKind::recovery) w.grad_base = rows(c);
-  w.statistics = arena.bytes(row_statistics_workspace(s.dtype, s.rows > s.other_rows ? s.rows : s.other_rows));
-  int64_t linear_bytes = 0;
-  for (const auto& spec : block_parameters(s.kind, s.hidden, s.mlp_hidden))
-    linear_bytes = std::max(linear_bytes, linear_backward_workspace(s.dtype, spec.rows, spec.cols));
-  w.linear = arena.bytes(linear_bytes);
-  return w;
 }
 
 // Gradients of a linear layer's weight and bias, and of its input unless grad_x is empty.
@@ -283,9 +203,10 @@ void apply_backward(const Layer& layer, const Layer& grad, const Matrix& x, cons
                   exec);
 }
 
-void backward_normalize(const Matrix& x, const TokenLayout& layout, const Context& k, const BackwardWorkspace& w,
-                        Part shift, const Matrix& grad_y, const Matrix& residual, const Matrix& grad_x,
-                        bool accumulate_modulation, const Execution& exec, double eps = kLayerNormEps) {
+void backward_normalize(const Matrix& x, const TokenLayout& layout, const BlockContext& k,
+                        const BlockBackwardWorkspace& w, Part shift, const Matrix& grad_y, const Matrix& residual,
+                        const Matrix& grad_x, bool accumulate_modulation, const Execution& exec,
+                        double eps = kLayerNormEps) {
   modulated_layer_norm_backward({.x = x,
                                  .scale = part(k.modulation, Part(shift + 1)),
                                  .layout = layout,
@@ -300,9 +221,9 @@ void backward_normalize(const Matrix& x, const TokenLayout& layout, const Contex
                                 exec);
 }
 
-// From grad_out to the gradient of x1, which is left in grad_x.
-void backward_mlp(const BlockBackward& p, const Roles& w, const Roles& grad, const Context& k,
-                  const BackwardWorkspace& ws, const Execution& exec) {
+// From grad_out to the gradient of x2, which is left in grad_x.
+void backward_mlp(const BlockBackward& p, const Roles& w, const Roles& grad, const BlockContext& k,
+                  const BlockBackwardWorkspace& ws, const Execution& exec) {
   gated_residual_backward({.y = k.y2,
                            .gate = part(k.modulation, kGate2),
                            .layout = p.layout,
@@ -320,14 +241,29 @@ void backward_mlp(const BlockBackward& p, const Roles& w, const Roles& grad, con
                    .gelu_input = k.h,
                    .workspace = ws.linear},
                   exec);
-  normalize(k.x1, p.layout, k.modulation, kShift2, ws.n, exec, p.mlp_norm_eps);
+  normalize(k.x2, p.layout, k.modulation, kShift2, ws.n, exec, p.mlp_norm_eps);
   apply_backward(w.fc1, grad.fc1, ws.n, ws.grad_h, ws.grad_n, ws.linear, exec);
-  backward_normalize(k.x1, p.layout, k, ws, kShift2, ws.grad_n, p.grad_out, p.grad_x, false, exec, p.mlp_norm_eps);
+  backward_normalize(k.x2, p.layout, k, ws, kShift2, ws.grad_n, p.grad_out, p.grad_x, false, exec, p.mlp_norm_eps);
+}
+
+// grad_x holds the gradient of x2 and becomes that of x1; also writes grad_caption.
+void backward_caption(const BlockBackward& p, const Roles& w, const Roles& grad, const BlockContext& k,
+                      const BlockBackwardWorkspace& ws, const Execution& exec) {
+  const int64_t c = p.shape.hidden;
+  apply_backward(w.cross_proj, grad.cross_proj, k.cross_attended, p.grad_x, ws.grad_n, ws.linear, exec);
+  AttentionBackward a;
+  static_cast<Attention&>(a) = cross_attention_of(p, k);
+  a.grad_out = ws.grad_n;
+  a.grad_q = ws.grad_y, a.grad_k = ws.grad_cross_kv.columns(0, c), a.grad_v = ws.grad_cross_kv.columns(c, c);
+  attention_backward(a, exec);
+  apply_backward(w.cross_q, grad.cross_q, k.x1, ws.grad_y, p.grad_x, ws.linear, exec, true);
+  apply_backward(w.cross_kv, grad.cross_kv, p.caption, ws.grad_cross_kv, p.grad_caption, ws.linear, exec,
+                 p.accumulate_caption);
 }
 
 // grad_x holds the gradient of x1 and becomes that of x.
-void backward_pooling(const BlockBackward& p, const Roles& w, const Roles& grad, const Context& k,
-                      const BackwardWorkspace& ws, const Execution& exec) {
+void backward_pooling(const BlockBackward& p, const Roles& w, const Roles& grad, const BlockContext& k,
+                      const BlockBackwardWorkspace& ws, const Execution& exec) {
   const Matrix grad_y1 = ws.grad_silu;  // [B, C], free until the modulation's turn
   gated_residual_backward({.y = k.y1,
                            .gate = part(k.modulation, kGate1),
@@ -352,8 +288,8 @@ void backward_pooling(const BlockBackward& p, const Roles& w, const Roles& grad,
 }
 
 // As backward_pooling, for the blocks with attention; also writes grad_other.
-void backward_attention(const BlockBackward& p, const Roles& w, const Roles& grad, const Context& k,
-                        const BackwardWorkspace& ws, const Execution& exec) {
+void backward_attention(const BlockBackward& p, const Roles& w, const Roles& grad, const BlockContext& k,
+                        const BlockBackwardWorkspace& ws, const Execution& exec) {
   const int64_t c = p.shape.hidden;
   const bool cross = is_cross(p.shape.kind);
   gated_residual_backward({.y = k.y1,
@@ -395,82 +331,26 @@ void backward_attention(const BlockBackward& p, const Roles& w, const Roles& gra
 
 }  // namespace
 
-const char* name_of(BlockKind kind) {
-  switch (kind) {
-    case BlockKind::pooling:
-      return "pooling";
-    case BlockKind::dense:
-      return "dense";
-    case BlockKind::generation:
-      return "generation";
-    case BlockKind::recovery:
-      return "recovery";
-  }
-  return "unknown";
-}
-
-std::vector<ParameterSpec> block_parameters(BlockKind kind, int64_t hidden, int64_t mlp_hidden) {
-  std::vector<ParameterSpec> specs;
-  const auto add = [&](const std::string& layer, int64_t out, int64_t in) {
-    specs.push_back({layer + ".weight", out, in});
-    specs.push_back({layer + ".bias", 1, out});
-  };
-  add("modulation", 6 * hidden, hidden);
-  if (kind == BlockKind::recovery) add("from_sparse", hidden, hidden), add("from_dense", hidden, hidden);
-  if (kind == BlockKind::pooling) add("attn.v", hidden, hidden);
-  if (kind == BlockKind::dense) add("attn.qkv", 3 * hidden, hidden);
-  if (is_cross(kind)) add("attn.q", hidden, hidden), add("attn.kv", 2 * hidden, hidden);
-  add("attn.proj", hidden, hidden);
-  add("mlp.fc1", mlp_hidden, hidden);
-  add("mlp.fc2", hidden, mlp_hidden);
-  return specs;
-}
-
-int64_t block_context_bytes(const BlockShape& shape) {
-  Arena arena;
-  plan_context(shape, arena);
-  return arena.used();
-}
-
-int64_t block_workspace_bytes(const BlockShape& shape, bool keeps_context) {
-  Arena arena;
-  if (!keeps_context) plan_inference(shape, {}, arena);
-  plan_workspace(shape, keeps_context, arena);
-  return arena.used();
-}
-
-int64_t block_backward_workspace_bytes(const BlockShape& shape) {
-  Arena arena;
-  plan_backward(shape, arena);
-  return arena.used();
-}
-
 void block_forward(const BlockForward& p, const Execution& exec) {
   check_lists(p);
-  const Roles w(p.shape.kind, p.parameters, p.prepared.packed);
+  const Roles w(p.shape, p.parameters, p.prepared.packed);
   Arena context_arena(p.context), arena(p.workspace);
   const bool keeps_context = p.context != nullptr;
-  Context k = keeps_context ? plan_context(p.shape, context_arena) : plan_inference(p.shape, p.out, arena);
-  const Workspace ws = plan_workspace(p.shape, keeps_context, arena);
+  BlockContext k = keeps_context ? plan_context(p.shape, context_arena) : plan_inference(p.shape, p.out, arena);
+  const BlockWorkspace ws = plan_workspace(p.shape, keeps_context, arena);
 
   if (p.prepared.modulation) {
     k.modulation = p.prepared.modulation;
+  } else if (p.shape.style.shared_modulation) {
+    k.modulation = p.condition;
   } else {
     silu({.x = p.condition, .y = ws.silu}, exec);
     apply(w.modulation, ws.silu, k.modulation, exec);
   }
   forward_attention(p, w, k, ws, exec);
-  gated_residual({.x = base_of(p, k),
-                  .y = k.y1,
-                  .gate = part(k.modulation, kGate1),
-                  .layout = p.layout,
-                  .out = k.x1,
-                  .shift = part(k.modulation, kShift2),
-                  .scale = part(k.modulation, kScale2),
-                  .normed = ws.n,
-                  .y_per_sample = p.shape.kind == BlockKind::pooling,
-                  .eps = p.mlp_norm_eps},
-                 exec);
+  discard(ws.n), discard(k.h);
+  forward_residuals(p, w, k, ws, exec);
+  discard(k.y2);
   if (keeps_context) {
     linear({.x = ws.n,
             .weight = w.fc1.weight,
@@ -484,7 +364,8 @@ void block_forward(const BlockForward& p, const Execution& exec) {
     apply(w.fc1, ws.n, k.h, exec, Activation::gelu_tanh);
     apply(w.fc2, k.h, k.y2, exec);
   }
-  gated_residual({.x = k.x1,
+  discard(p.prepared.next.normed);
+  gated_residual({.x = k.x2,
                   .y = k.y2,
                   .gate = part(k.modulation, kGate2),
                   .layout = p.layout,
@@ -499,17 +380,22 @@ void block_backward(const BlockBackward& p, const Execution& exec) {
   check_lists(p);
   if (p.grad_parameters.size() != p.parameters.size())
     throw ArgumentError("block: grad_parameters must hold as many tensors as parameters");
-  const Roles w(p.shape.kind, p.parameters), grad(p.shape.kind, p.grad_parameters);
-  Arena context_arena(p.context), arena(p.workspace);
-  const Context k = plan_context(p.shape, context_arena);
-  const BackwardWorkspace ws = plan_backward(p.shape, arena);
+  const Roles w(p.shape, p.parameters), grad(p.shape, p.grad_parameters);
+  Arena context_arena(p.context, false), arena(p.workspace);
+  BlockContext k = plan_context(p.shape, context_arena);
+  BlockBackwardWorkspace ws = plan_backward(p.shape, arena);
+  const bool shared = p.shape.style.shared_modulation;
+  if (shared && p.accumulate_condition) throw ArgumentError("block: accumulate_condition with a shared modulation");
+  if (shared) k.modulation = p.condition, ws.grad_modulation = p.grad_condition;
 
   backward_mlp(p, w, grad, k, ws, exec);
+  if (p.shape.style.caption) backward_caption(p, w, grad, k, ws, exec);
   if (p.shape.kind == BlockKind::pooling)
     backward_pooling(p, w, grad, k, ws, exec);
   else
     backward_attention(p, w, grad, k, ws, exec);
 
+  if (shared) return;
   silu({.x = p.condition, .y = ws.silu}, exec);
   apply_backward(w.modulation, grad.modulation, ws.silu, ws.grad_modulation, ws.grad_silu, ws.linear, exec);
   silu_backward(

@@ -42,9 +42,9 @@ struct Engine::Block {
 
 struct Engine::Plan {
   Key key;
-  int64_t samples = 0, passes = 0;             // passes: the model's batch
+  int64_t samples = 0, passes = 0;  // passes: the model's batch
   int64_t rows = 0, model_rows = 0, sparse_rows = 0;
-  Buffer tables;                               // on the device:
+  Buffer tables;  // on the device:
   TokenLayout layout, model_layout, sparse_layout;
   const int32_t *sample_of_pass = nullptr, *position_offsets = nullptr;
   Repeated work;
@@ -167,7 +167,9 @@ void Engine::place(const std::vector<Occupant>& occupants) {
   }
   if (moves)
     for (Buffer* buffer : {&x_, &x0_}) {
+      spare_.discard();
       copy_bytes(spare_.data(), buffer->data(), old_values * size, exec_);  // reserve_model has made room
+      buffer->discard();
       offset = 0;
       for (const Occupant& o : occupants) {
         if (const auto found = before.find(o.id); found != before.end())
@@ -178,8 +180,10 @@ void Engine::place(const std::vector<Occupant>& occupants) {
     }
   for (const auto& [at, o] : fresh) {
     // The block is free between steps, and the stream keeps the order.
+    block_.discard();
     uploader_.upload(block_.data(), &o->seed, sizeof o->seed, exec_);
     const int64_t values = values_of(o->dense);
+    x_.discard(at * size, values * size), x0_.discard(at * size, values * size);
     normal_noise({.seeds = block_.as<const uint64_t>(),
                   .draw = 0,
                   .out = {x_.as<char>() + at * size, 1, values, values, state_}},
@@ -223,27 +227,32 @@ void Engine::make_tables(Plan& plan) {
   plan.rows = layout.view().total(), plan.model_rows = model_layout.view().total();
   plan.sparse_rows = prepared_.config.num_sdtm ? sparse_layout.view().total() : 0;
 
-  std::vector<std::byte> bytes;
-  const auto add = [&](const void* data, size_t size) {
-    const size_t at = bytes.size();
-    bytes.resize(at + size);
-    std::memcpy(bytes.data() + at, data, size);
+  // All of it is int32 and goes to the device at once.
+  std::vector<int32_t> all;
+  const auto add = [&](const void* data, int64_t count) {
+    const size_t at = all.size();
+    all.resize(at + static_cast<size_t>(count));
+    std::memcpy(all.data() + at, data, static_cast<size_t>(count) * sizeof(int32_t));
     return at;
   };
-  const auto table = [&](const TokenLayout& l) {
-    return add(l.table, static_cast<size_t>(l.batch + 1) * sizeof(LayoutRow));
+  const auto add_layout = [&](const TokenLayout& l) {
+    const size_t table = add(l.table, 4 * (l.batch + 1));
+    return std::pair(table, add(l.row_map, l.total()));
   };
-  const size_t at_layout = table(layout.view()), at_model = table(model_layout.view()),
-               at_sparse = table(sparse_layout.view()), at_samples = add(samples.data(), 4 * samples.size()),
-               at_offsets = add(offsets.data(), 4 * offsets.size());
-  plan.tables = Buffer(static_cast<int64_t>(bytes.size()), exec_);
-  uploader_.upload(plan.tables.data(), bytes.data(), static_cast<int64_t>(bytes.size()), exec_);
-  const auto at = [&](size_t offset) { return plan.tables.as<char>() + offset; };
-  plan.layout = {reinterpret_cast<const LayoutRow*>(at(at_layout)), plan.samples};
-  plan.model_layout = {reinterpret_cast<const LayoutRow*>(at(at_model)), plan.passes};
-  plan.sparse_layout = {reinterpret_cast<const LayoutRow*>(at(at_sparse)), plan.passes};
-  plan.sample_of_pass = reinterpret_cast<const int32_t*>(at(at_samples));
-  plan.position_offsets = reinterpret_cast<const int32_t*>(at(at_offsets));
+  const auto at_layout = add_layout(layout.view()), at_model = add_layout(model_layout.view()),
+             at_sparse = add_layout(sparse_layout.view());
+  const size_t at_samples = add(samples.data(), std::ssize(samples)),
+               at_offsets = add(offsets.data(), std::ssize(offsets));
+  const auto bytes = static_cast<int64_t>(all.size() * sizeof(int32_t));
+  plan.tables = Buffer(bytes, exec_);
+  uploader_.upload(plan.tables.data(), all.data(), bytes, exec_);
+  const auto* first = plan.tables.as<const int32_t>();
+  const auto layout_at = [&](const auto& at, int64_t batch) -> TokenLayout {
+    return {reinterpret_cast<const LayoutRow*>(first + at.first), batch, first + at.second};
+  };
+  plan.layout = layout_at(at_layout, plan.samples);
+  plan.model_layout = layout_at(at_model, plan.passes), plan.sparse_layout = layout_at(at_sparse, plan.passes);
+  plan.sample_of_pass = first + at_samples, plan.position_offsets = first + at_offsets;
 }
 
 ModelForward Engine::forward_of(const Plan& plan) const {
@@ -255,8 +264,8 @@ ModelForward Engine::forward_of(const Plan& plan) const {
   if (c.num_sdtm) p.sparse_layout = plan.sparse_layout;
   p.rows = plan.model_rows, p.sparse_rows = plan.sparse_rows;
   p.positions = {{positions_.data(), position_count_, c.hidden, c.hidden, prepared_.dtype}, plan.position_offsets};
-  p.prepared = {{modulation_.data(), plan.passes, columns, columns, prepared_.dtype}, prepared_.folded,
-                prepared_.packed};
+  p.prepared = {
+      {modulation_.data(), plan.passes, columns, columns, prepared_.dtype}, prepared_.folded, prepared_.packed};
   return p;
 }
 
@@ -264,6 +273,7 @@ void Engine::run(const Plan& plan, const Execution& exec) {
   const Config& c = prepared_.config;
   const ModelForward p = forward_of(plan);
   const auto* numbers = block_.as<const StepNumbers>();
+  for (const Buffer* buffer : {&modulation_, &input_, &output_}) buffer->discard();
   gather_rows({.rows = reinterpret_cast<const void* const*>(numbers + plan.samples), .out = p.prepared.modulation},
               exec);
   model_input({.samples = plan.sample_of_pass,
@@ -311,6 +321,7 @@ void Engine::step(std::span<const StepOrder> orders) {
   for (const StepOrder& order : orders)
     if (order.null_modulation) block.rows.push_back(order.null_modulation);
   Plan& plan = plan_for(std::move(key));
+  block_.discard();
   uploader_.upload(block_.data(), block.numbers.data(), block.numbers_bytes(), exec_);
   uploader_.upload(block_.as<char>() + block.numbers_bytes(), block.rows.data(), block.rows_bytes(), exec_);
   plan.work.run(exec_, [&](const Execution& exec) { run(plan, exec); });

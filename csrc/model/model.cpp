@@ -3,7 +3,9 @@
 
 #include <algorithm>
 
+#include "model/block_plans.h"
 #include "model/walk.h"
+#include "ops/message.h"
 
 namespace flexdit {
 namespace {
@@ -109,34 +111,44 @@ class Backward {
   const Execution& exec_;
 };
 
+// Of model_parameters, without its names: this runs before every pass.
+size_t parameter_count(const std::vector<BlockKind>& blocks) {
+  constexpr size_t kFinal = 4;
+  size_t count = kFirstBlock + kFinal;
+  for (const BlockKind kind : blocks) count += block_parameter_count(kind);
+  return count;
+}
+
 void check(const ModelForward& p, const Execution& exec) {
   const Config& c = p.config;
-  const size_t wanted = model_parameters(c).size();
-  const auto require = [](bool holds, const std::string& message) {
-    if (!holds) throw ArgumentError("model: " + message);
+  const size_t wanted = parameter_count(model_blocks(c));
+  const auto require = [](bool holds, const auto&... parts) {
+    if (!holds) refuse("model: ", parts...);
   };
-  require(p.parameters.size() == wanted,
-          "parameters holds " + std::to_string(p.parameters.size()) + " tensors, must hold " + std::to_string(wanted));
+  require(p.parameters.size() == wanted, "parameters holds ", p.parameters.size(), " tensors, must hold ", wanted);
   require(c.num_sdtm == 0 || (c.generation_blocks >= 1 && c.recovery_blocks >= 1),
           "config has modules without a generation or a recovery block");
-  require(
-      c.num_sdtm == 0 || p.sparse_layout.batch == p.batch,
-      "sparse_layout has " + std::to_string(p.sparse_layout.batch) + " samples, must have " + std::to_string(p.batch));
+  require(c.num_sdtm == 0 || p.sparse_layout.batch == p.batch, "sparse_layout has ", p.sparse_layout.batch,
+          " samples, must have ", p.batch);
   require(p.t || p.timestep_features || p.prepared.modulation, "t and timestep_features are both missing");
   require(p.layout.table || exec.device == Device::cpu, "layout is missing");
-  require(!p.layout.table || p.layout.batch == p.batch,
-          "layout has " + std::to_string(p.layout.batch) + " samples, must have " + std::to_string(p.batch));
+  require(!p.layout.table || p.layout.batch == p.batch, "layout has ", p.layout.batch, " samples, must have ", p.batch);
   const ModelPrepared& prepared = p.prepared;
   require(prepared.packed.empty() || prepared.packed.size() == wanted, "prepared.packed must be as long as parameters");
   require(prepared.folded.empty() || prepared.folded.size() == 2 * static_cast<size_t>(c.num_pooling_blocks),
           "prepared.folded must hold a weight and a bias for each pooling block");
-  require(!prepared.modulation || (prepared.modulation.rows == p.batch &&
-                                   prepared.modulation.cols == model_modulation_columns(c)),
-          "prepared.modulation is [" + std::to_string(prepared.modulation.rows) + ", " +
-              std::to_string(prepared.modulation.cols) + "], must be [" + std::to_string(p.batch) + ", " +
-              std::to_string(model_modulation_columns(c)) + "]");
+  require(!prepared.modulation ||
+              (prepared.modulation.rows == p.batch && prepared.modulation.cols == model_modulation_columns(c)),
+          "prepared.modulation is ", Shape{prepared.modulation.rows, prepared.modulation.cols}, ", must be ",
+          Shape{p.batch, model_modulation_columns(c)});
   const bool any = prepared.modulation || !prepared.packed.empty() || !prepared.folded.empty();
   require(!any || !p.context, "prepared is for inference, a context keeps what backward needs");
+}
+
+// For measuring: nothing is carved.
+ModelForward without_memory(ModelForward p) {
+  p.context = p.workspace = nullptr;
+  return p;
 }
 
 // The gradients and the temporaries of backward; the walk's own few rows come first in the workspace.
@@ -217,15 +229,16 @@ int64_t model_macs(const Config& c, Grid sparse) {
   return ends + c.num_pooling_blocks * pooling + c.num_sdtm * module + c.num_dense_blocks * self(n);
 }
 
-int64_t model_context_bytes(const ModelForward& p) { return Walk(p, true, nullptr).context_bytes(); }
+int64_t model_context_bytes(const ModelForward& p) { return Walk(without_memory(p), true, nullptr).context_bytes(); }
 
 int64_t model_workspace_bytes(const ModelForward& p, bool keeps_context) {
-  return Walk(p, keeps_context, nullptr).workspace_bytes();
+  return Walk(without_memory(p), keeps_context, nullptr).workspace_bytes();
 }
 
 int64_t model_backward_workspace_bytes(const ModelForward& p) {
-  const Walk walk(p, true, nullptr);
-  return walk.workspace_bytes() + backward_bytes(p, walk);
+  const ModelForward measured = without_memory(p);
+  const Walk walk(measured, true, nullptr);
+  return walk.workspace_bytes() + backward_bytes(measured, walk);
 }
 
 void model_forward(const ModelForward& p, const Execution& exec) {

@@ -59,6 +59,14 @@ void fill_layout(std::span<const Grid> grids, LayoutRow* table) {
   table[grids.size()] = {static_cast<int32_t>(offset), {0, 0, 0}};
 }
 
+void fill_row_map(const TokenLayout& layout, std::span<int32_t> row_map) {
+  const auto rows = static_cast<int64_t>(row_map.size());
+  for (int64_t row = 0, sample = 0; row < rows; ++row) {
+    while (sample + 1 < layout.batch && layout.offset(sample + 1) <= row) ++sample;
+    row_map[static_cast<size_t>(row)] = static_cast<int32_t>(sample);
+  }
+}
+
 DensitySchedule::DensitySchedule(std::vector<Grid> grids, int64_t num_timesteps)
     : DensitySchedule(grids, equal_segments(grids.size(), num_timesteps), num_timesteps) {}
 

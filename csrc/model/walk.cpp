@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "model/block_plans.h"
+
 namespace flexdit {
 
 Walk::Walk(const ModelForward& p, bool keeps_context, const Execution* exec)
@@ -9,7 +11,7 @@ Walk::Walk(const ModelForward& p, bool keeps_context, const Execution* exec)
       c_(p.config),
       exec_(exec),
       keeps_(keeps_context),
-      kept_(p.context),
+      kept_(p.context, exec != nullptr),
       scratch_(p.workspace),
       kinds_(model_blocks(p.config)),
       layout_(p.layout) {
@@ -41,7 +43,9 @@ Walk::Walk(const ModelForward& p, bool keeps_context, const Execution* exec)
 // A place for tokens: kept for backward, or the one of two buffers that does not hold `busy`.
 Matrix Walk::place(bool sparse, const Matrix& busy) {
   if (keeps_) return kept_.matrix(sparse ? sparse_rows_ : rows_, c_.hidden, p_.dtype);
-  return buffers_[sparse][busy.data == buffers_[sparse][0].data ? 1 : 0];
+  const Matrix& other = buffers_[sparse][busy.data == buffers_[sparse][0].data ? 1 : 0];
+  if (exec_) discard(other);
+  return other;
 }
 
 void* Walk::temporary(int64_t bytes) {
@@ -127,7 +131,7 @@ Matrix Walk::block(BlockKind kind, bool sparse, const Matrix& x, const Matrix& o
                            .dtype = p_.dtype},
                  .index = calls.size(),
                  .first_parameter = next_parameter_,
-                 .num_parameters = block_parameters(kind, c_.hidden, c_.mlp_hidden).size(),
+                 .num_parameters = block_parameter_count(kind),
                  .sparse = sparse,
                  .x = x,
                  .other = other,

@@ -2,16 +2,12 @@
 // these lie in its memory.
 #pragma once
 
-#include <string>
-
 #include "flexdit/ops.h"
 #include "ops/device.h"
+#include "ops/message.h"
+#include "ops/trace.h"
 
 namespace flexdit {
-
-inline std::string shape_text(int64_t rows, int64_t cols) {
-  return "[" + std::to_string(rows) + ", " + std::to_string(cols) + "]";
-}
 
 // Checks the fields of one operation; the first one fixes the dtype that all must have.
 class Checker {
@@ -27,60 +23,94 @@ class Checker {
   // with these rows, says how many there can be.
   int64_t rows(const TokenLayout& layout, const Matrix& first) const { return on_cpu_ ? layout.total() : first.rows; }
 
-  void matrix(const char* field, const Matrix& m, int64_t rows, int64_t cols) { view(field, m, rows, cols, false); }
+  void matrix(const char* field, const Matrix& m, int64_t rows, int64_t cols, Access access = Access::read) {
+    view(field, m, rows, cols, false, access);
+  }
   // At least `rows` rows: buffers of packed tokens may have spare ones at the end.
-  void tokens(const char* field, const Matrix& m, int64_t rows, int64_t cols) { view(field, m, rows, cols, true); }
-  void optional(const char* field, const Matrix& m, int64_t rows, int64_t cols) {
-    if (m) matrix(field, m, rows, cols);
+  void tokens(const char* field, const Matrix& m, int64_t rows, int64_t cols, Access access = Access::read) {
+    view(field, m, rows, cols, true, access);
   }
-  void holds(bool condition, const std::string& message) const {
-    if (!condition) throw ArgumentError(std::string(op_) + ": " + message);
+  void optional(const char* field, const Matrix& m, int64_t rows, int64_t cols, Access access = Access::read) {
+    if (m) matrix(field, m, rows, cols, access);
   }
-  void accumulation(const char* field, const Matrix& m, int64_t rows, int64_t cols) {
-    holds(m.dtype == accumulation_type(dtype_),
-          std::string(field) + " is " + name_of(m.dtype) + ", must be " + name_of(accumulation_type(dtype_)));
-    holds(m.rows >= rows && m.cols == cols,
-          std::string(field) + " is " + shape_text(m.rows, m.cols) + ", must be " + shape_text(rows, cols));
+  template <class... Parts>
+  void holds(bool condition, const Parts&... parts) const {
+    if (!condition) refuse(op_, ": ", parts...);
   }
-  void layout(const char* field, const TokenLayout& layout, int64_t batch) const {
-    holds(layout.table != nullptr, std::string(field) + " is missing");
-    holds(layout.batch == batch,
-          std::string(field) + " has " + std::to_string(layout.batch) + " samples, must have " + std::to_string(batch));
+  void accumulation(const char* field, const Matrix& m, int64_t rows, int64_t cols, Access access) {
+    holds(m.dtype == accumulation_type(dtype_), field, " is ", name_of(m.dtype), ", must be ",
+          name_of(accumulation_type(dtype_)));
+    holds(m.rows >= rows && m.cols == cols, field, " is ", Shape{m.rows, m.cols}, ", must be ", Shape{rows, cols});
+    saw(field, m, rows, access);
+  }
+  void layout(const char* field, const TokenLayout& layout, int64_t batch) {
+    array(field, layout.table, layout.batch + 1);
+    holds(layout.batch == batch, field, " has ", layout.batch, " samples, must have ", batch);
+    // On the emulator any table can be read.
+    if (trace::recorder() && layout.row_map) array(field, layout.row_map, layout.total());
   }
   // A token is kept in a warp's registers there.
   void columns(int64_t cols) const {
-    holds(on_cpu_ || cols <= cuda::kMaxColumns, "rows have " + std::to_string(cols) +
-                                                    " columns, the CUDA backend takes at most " +
-                                                    std::to_string(cuda::kMaxColumns));
+    holds(on_cpu_ || cols <= cuda::kMaxColumns, "rows have ", cols, " columns, the CUDA backend takes at most ",
+          cuda::kMaxColumns);
   }
   void storage(const char* field, DType dtype) const {
     const DType refused = on_cpu_ ? DType::float16 : DType::float64;
-    holds(dtype != refused, std::string(field) + " is " + name_of(refused) + ", which the " +
-                                (on_cpu_ ? "CPU" : "CUDA") + " backend does not compute with");
+    holds(dtype != refused, field, " is ", name_of(refused), ", which the ", (on_cpu_ ? "CPU" : "CUDA"),
+          " backend does not compute with");
   }
-  void nonzero(const char* field, const void* pointer) const {
-    holds(pointer != nullptr, std::string(field) + " is missing");
+  void nonzero(const char* field, const void* pointer) const { holds(pointer != nullptr, field, " is missing"); }
+  void bytes(const char* field, const void* data, int64_t count, Access access) {
+    holds(data || count == 0, field, " is missing");
+    saw(field, data, 1, count, count, access);
+  }
+  template <class T>
+  void array(const char* field, const T* data, int64_t count, Access access = Access::read) {
+    bytes(field, data, count * int64_t{sizeof(T)}, access);
+  }
+  // Packed images with `values` values for every token of a layout.
+  void images(const char* field, const void* data, const TokenLayout& layout, int64_t values, DType dtype,
+              Access access) {
+    nonzero(field, data);
+    const int64_t row = values * size_of(dtype);
+    if (trace::recorder()) saw(field, data, layout.total(), row, row, access);
+  }
+  // Addresses on the device, of rows that are read.
+  void indirect(const char* field, const void* const* rows, int64_t count, int64_t row_bytes) {
+    nonzero(field, rows);
+    saw(field, rows, count, row_bytes, 0, Access::indirect);
+  }
+  // Tells the recorder; right before the launch.
+  void launches() const {
+    if (trace::recorder()) trace::recorder()->operation(op_, views_);
   }
 
  private:
-  void view(const char* field, const Matrix& m, int64_t rows, int64_t cols, bool spare) {
-    holds(m.data || rows == 0 || cols == 0, std::string(field) + " is missing");
-    holds((spare ? m.rows >= rows : m.rows == rows) && m.cols == cols,
-          std::string(field) + " is " + shape_text(m.rows, m.cols) + ", must be " + (spare ? "at least " : "") +
-              shape_text(rows, cols));
-    holds(m.rows <= 1 || m.stride >= cols, std::string(field) + " has rows that overlap: stride " +
-                                               std::to_string(m.stride) + " for " + std::to_string(cols) + " columns");
-    if (typed_)
-      holds(m.dtype == dtype_, std::string(field) + " is " + name_of(m.dtype) + ", must be " + name_of(dtype_));
+  void saw(const char* field, const void* data, int64_t rows, int64_t row_bytes, int64_t stride_bytes, Access access) {
+    if (trace::recorder() && access != Access::none)
+      views_.push_back({field, data, rows, row_bytes, stride_bytes, access});
+  }
+  void saw(const char* field, const Matrix& m, int64_t rows, Access access) {
+    saw(field, m.data, rows, m.cols * size_of(m.dtype), m.stride * size_of(m.dtype), access);
+  }
+  void view(const char* field, const Matrix& m, int64_t rows, int64_t cols, bool spare, Access access) {
+    holds(m.data || rows == 0 || cols == 0, field, " is missing");
+    holds((spare ? m.rows >= rows : m.rows == rows) && m.cols == cols, field, " is ", Shape{m.rows, m.cols},
+          ", must be ", (spare ? "at least " : ""), Shape{rows, cols});
+    holds(m.rows <= 1 || m.stride >= cols, field, " has rows that overlap: stride ", m.stride, " for ", cols,
+          " columns");
+    if (typed_) holds(m.dtype == dtype_, field, " is ", name_of(m.dtype), ", must be ", name_of(dtype_));
     typed_ = true;
     dtype_ = m.dtype;
     storage(field, dtype_);
+    saw(field, m, rows, access);
   }
 
   const char* op_;
   bool on_cpu_;
   bool typed_ = false;
   DType dtype_ = DType::float32;
+  std::vector<trace::View> views_;
 };
 
 }  // namespace flexdit

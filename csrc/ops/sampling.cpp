@@ -6,25 +6,23 @@ namespace {
 
 void check_state(const Checker& check, const char* field, DType dtype) {
   check.storage(field, dtype);
-  check.holds(dtype == DType::float32 || dtype == DType::float64,
-              std::string(field) + " is " + name_of(dtype) + ", must be float32 or float64");
+  check.holds(dtype == DType::float32 || dtype == DType::float64, field, " is ", name_of(dtype),
+              ", must be float32 or float64");
 }
 
 void check_images(const Checker& check, int64_t channels, int64_t patch) {
-  check.holds(channels >= 1, "channels is " + std::to_string(channels) + ", must be at least 1");
-  check.holds(patch >= 1, "patch is " + std::to_string(patch) + ", must be at least 1");
+  check.holds(channels >= 1, "channels is ", channels, ", must be at least 1");
+  check.holds(patch >= 1, "patch is ", patch, ", must be at least 1");
 }
 
 void check_guided(const Checker& check, int64_t guided, int64_t channels) {
-  check.holds(guided >= 0 && guided <= channels,
-              "guided_channels is " + std::to_string(guided) + ", must lie in [0, " + std::to_string(channels) + "]");
+  check.holds(guided >= 0 && guided <= channels, "guided_channels is ", guided, ", must lie in [0, ", channels, "]");
 }
 
 // `rows` is what a buffer has room for; whether a layout fits can be seen on the CPU only.
 void check_room(const Checker& check, const char* field, const TokenLayout& layout, int64_t rows) {
   const int64_t least = check.on_cpu() ? layout.total() : 0;
-  check.holds(rows >= least, "rows is " + std::to_string(rows) + ", must be at least the " + std::to_string(least) +
-                                 " tokens of " + field);
+  check.holds(rows >= least, "rows is ", rows, ", must be at least the ", least, " tokens of ", field);
 }
 
 std::string text(const Grid& g) {
@@ -35,9 +33,9 @@ std::string text(const Grid& g) {
 void check_sample(const Checker& check, const std::string& field, int64_t sample, const TokenLayout& layout,
                   const Grid& grid) {
   const std::string is = field + " is " + std::to_string(sample);
-  check.holds(sample >= 0 && sample < layout.batch, is + ", must lie in [0, " + std::to_string(layout.batch) + ")");
-  check.holds(layout.grid(sample) == grid,
-              is + ", a sample with grid " + text(layout.grid(sample)) + ", must be one with " + text(grid));
+  check.holds(sample >= 0 && sample < layout.batch, is, ", must lie in [0, ", layout.batch, ")");
+  check.holds(layout.grid(sample) == grid, is, ", a sample with grid ", text(layout.grid(sample)),
+              ", must be one with ", text(grid));
 }
 
 void check_numbers(const Checker& check, const DenoiseStep& p) {
@@ -47,9 +45,8 @@ void check_numbers(const Checker& check, const DenoiseStep& p) {
     check_sample(check, name + "conditional", c.conditional, p.model_layout, p.layout.grid(b));
     if (c.unconditional >= 0)
       check_sample(check, name + "unconditional", c.unconditional, p.model_layout, p.layout.grid(b));
-    check.holds(!c.learned_variance || p.out_channels >= 2 * p.channels,
-                name + "learned_variance needs out_channels of at least " + std::to_string(2 * p.channels) +
-                    ", it is " + std::to_string(p.out_channels));
+    check.holds(!c.learned_variance || p.out_channels >= 2 * p.channels, name,
+                "learned_variance needs out_channels of at least ", 2 * p.channels, ", it is ", p.out_channels);
   }
 }
 
@@ -58,8 +55,8 @@ void check_numbers(const Checker& check, const DenoiseStep& p) {
 void normal_noise(const NormalNoise& p, const Execution& exec) {
   Checker check("normal_noise", exec);
   check_state(check, "out", p.out.dtype);
-  check.matrix("out", p.out, p.out.rows, p.out.cols);
-  check.holds(p.seeds != nullptr || p.out.rows == 0, "seeds is missing");
+  check.matrix("out", p.out, p.out.rows, p.out.cols, Access::write);
+  check.array("seeds", p.seeds, p.out.rows);
   FLEXDIT_RUN(cpu::kernels().normal_noise, cuda::normal_noise);
 }
 
@@ -69,16 +66,17 @@ void denoise_step(const DenoiseStep& p, const Execution& exec) {
   check.layout("model_layout", p.model_layout, p.model_layout.batch);
   check_images(check, p.channels, p.patch);
   check_guided(check, p.guided_channels, p.channels);
-  check.holds(p.out_channels >= p.channels, "out_channels is " + std::to_string(p.out_channels) +
-                                                ", must be at least channels, " + std::to_string(p.channels));
+  check.holds(p.out_channels >= p.channels, "out_channels is ", p.out_channels, ", must be at least channels, ",
+              p.channels);
   check.storage("output", p.dtype);
   check_state(check, "state", p.state);
   check_room(check, "layout", p.layout, p.rows);
   if (p.rows == 0) return;
-  check.nonzero("numbers", p.numbers);
-  check.nonzero("output", p.output);
-  check.nonzero("x", p.x);
-  check.nonzero("x0", p.x0);
+  const int64_t area = p.patch * p.patch;
+  check.array("numbers", p.numbers, p.layout.batch);
+  check.images("output", p.output, p.model_layout, p.out_channels * area, p.dtype, Access::read);
+  check.images("x", p.x, p.layout, p.channels * area, p.state, Access::update);
+  check.images("x0", p.x0, p.layout, p.channels * area, p.state, Access::update);  // written in a first step
   if (check.on_cpu()) check_numbers(check, p);
   FLEXDIT_RUN(cpu::kernels().denoise_step, cuda::denoise_step);
 }
@@ -92,9 +90,10 @@ void model_input(const ModelInput& p, const Execution& exec) {
   check_state(check, "state", p.state);
   check_room(check, "model_layout", p.model_layout, p.rows);
   if (p.rows == 0) return;
-  check.nonzero("samples", p.samples);
-  check.nonzero("x", p.x);
-  check.nonzero("input", p.input);
+  const int64_t values = p.channels * p.patch * p.patch;
+  check.array("samples", p.samples, p.model_layout.batch);
+  check.images("x", p.x, p.layout, values, p.state, Access::read);
+  check.images("input", p.input, p.model_layout, values, p.dtype, Access::write);
   for (int64_t m = 0; check.on_cpu() && m < p.model_layout.batch; ++m)
     check_sample(check, "samples[" + std::to_string(m) + "]", p.samples[m], p.layout, p.model_layout.grid(m));
   FLEXDIT_RUN(cpu::kernels().model_input, cuda::model_input);
@@ -102,20 +101,19 @@ void model_input(const ModelInput& p, const Execution& exec) {
 
 void guidance_combine(const GuidanceCombine& p, const Execution& exec) {
   Checker check("guidance_combine", exec);
-  check.matrix("images", p.images, p.images.rows, p.images.cols);
-  check.holds(p.images.rows % 2 == 0, "images has " + std::to_string(p.images.rows) + " rows, must be even");
-  check.holds(p.channels >= 1 && p.images.cols % p.channels == 0,
-              "channels is " + std::to_string(p.channels) + ", must divide the " + std::to_string(p.images.cols) +
-                  " columns of images");
+  check.matrix("images", p.images, p.images.rows, p.images.cols, Access::update);
+  check.holds(p.images.rows % 2 == 0, "images has ", p.images.rows, " rows, must be even");
+  check.holds(p.channels >= 1 && p.images.cols % p.channels == 0, "channels is ", p.channels, ", must divide the ",
+              p.images.cols, " columns of images");
   check_guided(check, p.guided_channels, p.channels);
   FLEXDIT_RUN(cpu::kernels().guidance_combine, cuda::guidance_combine);
 }
 
 void gather_rows(const GatherRows& p, const Execution& exec) {
   Checker check("gather_rows", exec);
-  check.matrix("out", p.out, p.out.rows, p.out.cols);
+  check.matrix("out", p.out, p.out.rows, p.out.cols, Access::write);
   if (p.out.rows == 0) return;
-  check.nonzero("rows", p.rows);
+  check.indirect("rows", p.rows, p.out.rows, p.out.cols * size_of(p.out.dtype));
   for (int64_t b = 0; check.on_cpu() && b < p.out.rows; ++b)
     check.nonzero(("rows[" + std::to_string(b) + "]").c_str(), p.rows[b]);
   FLEXDIT_RUN(cpu::kernels().gather_rows, cuda::gather_rows);

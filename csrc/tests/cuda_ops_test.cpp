@@ -80,6 +80,128 @@ TEST_CASE(spare_rows) {
   CHECK(checked >= 30);
 }
 
+// Several blocks share a sample's tokens; to the bit its mean and gradients are those that it has alone.
+TEST_CASE(means_do_not_depend_on_company) {
+  const std::vector<Grid> grids = {{1, 1, 1}, {1, 16, 16}, {1, 3, 5}, {1, 4, 4}, {1, 1, 17}, {2, 13, 16}, {1, 1, 16}};
+  for (const DType dtype : kTypes)
+    for (const int64_t c : {72, 7}) {
+      const auto compute = [&](const std::vector<Values>& in, const std::vector<Grid>& samples) {
+        const HostLayout owner(samples);
+        const TokenLayout layout = owner.view();
+        const int64_t rows = layout.total() + 5, b = layout.batch;
+        Tensor x(rows, c, dtype), shift(in[1], dtype), scale(in[2], dtype), grad(in[3], dtype), mean(b, c, dtype);
+        Tensor grad_x(rows, c, dtype), grad_shift(b, c, dtype), grad_scale(b, c, dtype);
+        x.fill(in[0]);
+        GuardedBytes workspace(modulated_mean_workspace(dtype, b, rows, c));
+        ModulatedMean p{.x = x.view(), .shift = shift.view(), .scale = scale.view(), .layout = layout};
+        p.mean = mean.view(), p.workspace = workspace.data();
+        modulated_mean(p, kCuda);
+        ModulatedMeanBackward q{.x = x.view(), .scale = scale.view(), .layout = layout, .grad_mean = grad.view()};
+        q.grad_x = grad_x.view(), q.grad_shift = grad_shift.view(), q.grad_scale = grad_scale.view();
+        q.workspace = workspace.data();
+        modulated_mean_backward(q, kCuda);
+        CHECK(workspace.intact() && mean.guards_intact() && grad_scale.guards_intact());
+        return std::vector{mean.values(), grad_shift.values(), grad_scale.values(),
+                           rows_of(grad_x.values(), 0, layout.total())};
+      };
+      Random random(7);
+      const auto samples = static_cast<int64_t>(grids.size());
+      std::vector<Values> in = {random_values(naive::total(grids), c, random)};
+      for (int i = 0; i < 3; ++i) in.push_back(random_values(samples, c, random));
+      const auto together = compute(in, grids);
+      int64_t row = 0;
+      for (int64_t b = 0; b < samples; row += grids[size_t(b++)].tokens()) {
+        const int64_t tokens = grids[size_t(b)].tokens();
+        const auto alone =
+            compute({rows_of(in[0], row, tokens), rows_of(in[1], b, 1), rows_of(in[2], b, 1), rows_of(in[3], b, 1)},
+                    {grids[size_t(b)]});
+        for (size_t i = 0; i < alone.size(); ++i)
+          CHECK_NOTE(identical(alone[i], rows_of(together[i], i < 3 ? b : row, i < 3 ? 1 : tokens)), name_of(dtype),
+                     " sample ", b, " result ", i);
+      }
+    }
+}
+
+// Without samples all rows are spare: whatever writes token rows clears them.
+TEST_CASE(spare_rows_of_no_samples) {
+  const HostLayout owner(std::span<const Grid>{});
+  const TokenLayout none = owner.view();
+  const int64_t rows = 13;
+  for (const int64_t c : {48, 7}) {
+    Random random(6);
+    Tensor x = random_tensor(rows, c, DType::bfloat16, random), empty(0, c, DType::bfloat16);
+    GuardedBytes workspace(modulated_mean_workspace(DType::bfloat16, 0, rows, c));
+    const auto check = [&](const char* name, const std::function<void(const Matrix&)>& call) {
+      Tensor written(rows, c, DType::bfloat16, true);
+      call(written.view());
+      CHECK_NOTE(identical(written.values(), Values(rows, c)) && written.guards_intact(), name, " with C=", c);
+    };
+    const Matrix vectors = empty.view(), in = x.view();
+    check("modulated_layer_norm", [&](const Matrix& out) {
+      modulated_layer_norm({.x = in, .shift = vectors, .scale = vectors, .layout = none, .y = out}, kCuda);
+    });
+    check("modulated_layer_norm_backward", [&](const Matrix& out) {
+      ModulatedLayerNormBackward p{.x = in, .scale = vectors, .layout = none, .grad_y = in, .grad_residual = in};
+      p.grad_x = out, p.grad_shift = p.grad_scale = vectors, p.workspace = workspace.data();
+      modulated_layer_norm_backward(p, kCuda);
+    });
+    check("gated_residual", [&](const Matrix& out) {
+      gated_residual({.x = in, .y = in, .gate = vectors, .layout = none, .out = out}, kCuda);
+    });
+    check("gated_residual_backward", [&](const Matrix& out) {
+      GatedResidualBackward p{.y = in, .gate = vectors, .layout = none, .grad_out = in, .grad_y = out};
+      p.grad_gate = vectors;
+      gated_residual_backward(p, kCuda);
+    });
+    check("modulated_mean_backward", [&](const Matrix& out) {
+      ModulatedMeanBackward p{.x = in, .scale = vectors, .layout = none, .grad_mean = vectors, .grad_residual = {}};
+      p.grad_x = out, p.grad_shift = p.grad_scale = vectors, p.workspace = workspace.data();
+      modulated_mean_backward(p, kCuda);
+    });
+    check("pool_tokens", [&](const Matrix& out) {
+      pool_tokens({.x = vectors, .position = {}, .layout = none, .sparse_layout = none, .out = out}, kCuda);
+    });
+    check("pool_tokens_backward", [&](const Matrix& out) {
+      pool_tokens_backward({.layout = none, .sparse_layout = none, .grad_out = in, .grad_x = out}, kCuda);
+    });
+    check("gather_sparse", [&](const Matrix& out) {
+      gather_sparse({.s = in, .x = in, .position = {}, .layout = none, .sparse_layout = none, .out = out}, kCuda);
+    });
+    check("gather_sparse_backward", [&](const Matrix& out) {
+      gather_sparse_backward({.layout = none, .sparse_layout = none, .grad_out = in, .grad_s = out}, kCuda);
+    });
+    CHECK(workspace.intact());
+  }
+}
+
+// With a row map and with a search results are the same to the bit; and the map is what is read, if there is one.
+TEST_CASE(row_maps_and_searches) {
+  for (const auto& cases : {norm_cases(), exchange_cases(), end_cases()})
+    for (const OpCase& c : cases) {
+      const Inputs given = inputs_of(c);
+      const Result mapped = run(c, given, DType::bfloat16, false, kCuda);
+      row_maps = false;
+      const Result searched = run(c, given, DType::bfloat16, false, kCuda);
+      row_maps = true;
+      check_identical(searched.outputs, mapped.outputs, c.op + " " + c.variant + " output");
+      check_identical(searched.gradients, mapped.gradients, c.op + " " + c.variant + " gradient");
+    }
+  Random random(8);
+  Tensor x = random_tensor(6, 8, DType::float32, random), vectors = random_tensor(2, 8, DType::float32, random);
+  const HostLayout layout(2, Grid{1, 1, 3});
+  TokenLayout other = layout.view();
+  const int32_t exchanged[] = {1, 1, 1, 0, 0, 0};
+  other.row_map = exchanged;
+  for (const Execution& exec : {kCuda, Execution{}}) {
+    const auto gated = [&](const TokenLayout& l) {
+      Tensor out(6, 8, DType::float32);
+      gated_residual({.x = x.view(), .y = x.view(), .gate = vectors.view(), .layout = l, .out = out.view()}, exec);
+      return out.values();
+    };
+    CHECK(!identical(gated(other), gated(layout.view())));
+  }
+}
+
 // Many tokens in one storage type only: the emulator takes a second for them.
 TEST_CASE(sizes_of_models) {
   Worst worst;
@@ -138,10 +260,21 @@ TEST_CASE(selection) {
         t.push_back(b % 3 == 0 ? double(begin) : b % 3 == 1 ? std::nextafter(double(begin), 0) : anywhere);
       }
       std::vector<LayoutRow> got(size_t(batch + 2), {-1, {-1, -1, -1}}), wanted = got;
-      select_tokens({.t = t.data(), .batch = batch, .schedule = &schedule, .table = wanted.data()}, {});
-      select_tokens({.t = t.data(), .batch = batch, .schedule = &schedule, .table = got.data()}, kCuda);
-      for (size_t b = 0; b < got.size(); ++b)
-        CHECK_NOTE(got[b].offset == wanted[b].offset && got[b].grid == wanted[b].grid, "batch ", batch, " sample ", b);
+      SelectTokens p{.t = t.data(), .batch = batch, .schedule = &schedule, .table = wanted.data()};
+      select_tokens(p, {});
+      const TokenLayout layout{wanted.data(), batch};
+      for (const bool maps : {false, true}) {
+        const int64_t spare[] = {-7, 0, 300};  // fewer rows than there are: the map ends with them
+        std::vector<int32_t> map(size_t(std::max<int64_t>(layout.total() + spare[batch % 3], 0)) + 1, -7);
+        p.table = got.data(), p.row_map = maps ? map.data() : nullptr, p.rows = int64_t(map.size()) - 1;
+        select_tokens(p, kCuda);
+        for (size_t b = 0; b < got.size(); ++b)
+          CHECK_NOTE(got[b].offset == wanted[b].offset && got[b].grid == wanted[b].grid, "batch ", batch, " sample ",
+                     b);
+        for (int64_t r = 0; maps && r < p.rows; ++r)
+          CHECK_NOTE(map[size_t(r)] == layout.search(r), "batch ", batch, " row ", r, ": ", map[size_t(r)]);
+        CHECK_EQ(map.back(), -7);
+      }
     }
   const std::vector<double> odd = {-1, 2000, NAN};
   LayoutRow table[4];
@@ -193,6 +326,15 @@ TEST_CASE(errors) {
   const DensitySchedule many(grids), huge({{1, 1 << 15, 1 << 15}});
   std::vector<LayoutRow> table(5);
   const std::vector<double> t = {1, 2, 3, 4};
+  std::vector<int32_t> map(3);
+  const DensitySchedule single({{1, 1, 1}});
+  CHECK_EQ(
+      error_of([&] {
+        select_tokens(
+            {.t = t.data(), .batch = 4, .schedule = &single, .table = table.data(), .row_map = map.data(), .rows = 3},
+            {});
+      }),
+      "select_tokens: rows is 3, must be at least the 4 tokens of the layout");
   const auto select = [&](const DensitySchedule& schedule) {
     return error_of(
         [&] { select_tokens({.t = t.data(), .batch = 4, .schedule = &schedule, .table = table.data()}, kCuda); });

@@ -36,6 +36,17 @@ struct OpCase {
   bool large = false;     // so large that finite differences are taken in a few directions only
 };
 
+// Whether layouts of cases bring a row map along or have every row searched for.
+inline bool row_maps = true;
+struct CaseLayout : HostLayout {
+  using HostLayout::HostLayout;
+  TokenLayout view() const {
+    TokenLayout layout = HostLayout::view();
+    if (!row_maps) layout.row_map = nullptr;
+    return layout;
+  }
+};
+
 // A batch: dense grids, the sparse grids that they exchange tokens with, and where the dense grids' position tables
 // begin (nothing: all at row 0).
 struct Batch {
@@ -43,8 +54,8 @@ struct Batch {
   naive::Grids dense, sparse;
   std::vector<int32_t> position_offset = {};
 
-  HostLayout layout() const { return HostLayout(dense); }
-  HostLayout sparse_layout() const { return HostLayout(sparse); }
+  CaseLayout layout() const { return CaseLayout(dense); }
+  CaseLayout sparse_layout() const { return CaseLayout(sparse); }
   int64_t size() const { return static_cast<int64_t>(dense.size()); }
   int64_t rows() const { return naive::total(dense); }
   int64_t sparse_rows() const { return naive::total(sparse); }

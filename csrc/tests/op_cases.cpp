@@ -158,11 +158,11 @@ OpCase attention_case(const Batch& batch, int64_t c, int64_t num_heads) {
     return naive::attention(in[0], in[1], in[2], batch.dense, batch.sparse, num_heads);
   };
   o.forward = [=](const Views& in, const Views& out, const Execution& exec) {
-    const HostLayout layout_q = batch.layout(), layout_k = batch.sparse_layout();
+    const CaseLayout layout_q = batch.layout(), layout_k = batch.sparse_layout();
     attention(call(in, out[0], out[1], layout_q.view(), layout_k.view()), exec);
   };
   o.backward = [=](const Views& in, const Views& grad_out, const Views& grad_in, const Execution& exec) {
-    const HostLayout layout_q = batch.layout(), layout_k = batch.sparse_layout();
+    const CaseLayout layout_q = batch.layout(), layout_k = batch.sparse_layout();
     Tensor out(rows_q, c, in[0].dtype), lse(rows_q, num_heads, accumulation_type(in[0].dtype));
     AttentionBackward a;
     static_cast<Attention&>(a) = call(in, out.view(), lse.view(), layout_q.view(), layout_k.view());
@@ -190,7 +190,7 @@ OpCase patch_case(const Batch& batch, int64_t channels, int64_t patch, bool chan
     return std::vector{out};
   };
   o.forward = [=](const Views& in, const Views& out, const Execution& exec) {
-    const HostLayout layout = batch.layout();
+    const CaseLayout layout = batch.layout();
     (to_rows ? patchify : unpatchify)({.image = (to_rows ? in : out)[0].data,
                                        .rows = (to_rows ? out : in)[0],
                                        .layout = layout.view(),

@@ -61,6 +61,16 @@ TEST_CASE(selected_grids) {
   for (size_t b = 0; b < t.size(); ++b) CHECK(layout.grid(int64_t(b)) == schedule.grid(t[b]));
   CHECK_EQ(layout.total(), 100 + 32 + 49 + 100 + 49);
   CHECK_EQ(table.back().offset, -7);
+  std::vector<int32_t> map(size_t(layout.total()) + 4, -7);  // with three spare rows, and one that is not its
+  select_tokens({.t = t.data(),
+                 .batch = int64_t(t.size()),
+                 .schedule = &schedule,
+                 .table = table.data(),
+                 .row_map = map.data(),
+                 .rows = layout.total() + 3},
+                {});
+  for (int64_t r = 0; r < layout.total() + 3; ++r) CHECK_EQ(map[size_t(r)], layout.search(r));
+  CHECK_EQ(map.back(), -7);
   const double bad[] = {0, std::nan("")};
   const auto message =
       argument_error([&] { select_tokens({.t = bad, .batch = 2, .schedule = &schedule, .table = table.data()}, {}); });

@@ -156,6 +156,19 @@ TEST_CASE(nothing_to_do) {
   }
 }
 
+TEST_CASE(row_maps_and_searches) {
+  for (const auto& cases : {norm_cases(), exchange_cases(), end_cases()})
+    for (const OpCase& c : cases) {
+      const Inputs given = inputs_of(c);
+      const Result mapped = run(c, given, DType::float32, false, {});
+      row_maps = false;
+      const Result searched = run(c, given, DType::float32, false, {});
+      row_maps = true;
+      check_identical(searched.outputs, mapped.outputs, c.op + " " + c.variant + " output");
+      check_identical(searched.gradients, mapped.gradients, c.op + " " + c.variant + " gradient");
+    }
+}
+
 TEST_CASE(arguments) {
   for (const auto& cases : {linear_cases(), elementwise_cases(), norm_cases(), exchange_cases(), attention_cases()})
     for (const OpCase& c : cases)

@@ -55,6 +55,25 @@ TEST_CASE(layout_of_equal_samples) {
   CHECK_EQ(none.view().total(), 0);
 }
 
+// Rows behind the total count to the last sample, as in a search.
+TEST_CASE(row_maps) {
+  const std::vector<Grid> ragged = {{1, 4, 3}, {1, 1, 1}, {2, 3, 5}, {1, 1, 7}, {1, 1, 1}};
+  for (const auto& grids :
+       {ragged, std::vector<Grid>{{1, 2, 3}}, std::vector<Grid>{}, std::vector<Grid>(33, {1, 2, 2})}) {
+    const HostLayout owner(grids);
+    TokenLayout layout = owner.view();
+    for (int64_t row = 0; row < layout.total(); ++row) CHECK_EQ(layout.row_map[row], layout.search(row));
+    for (const int64_t spare : {-1, 0, 9}) {
+      std::vector<int32_t> map(static_cast<size_t>(std::max<int64_t>(layout.total() + spare, 0)) + 1, -7);
+      fill_row_map(layout, std::span(map).first(map.size() - 1));
+      layout.row_map = map.data();
+      for (size_t row = 0; row + 1 < map.size(); ++row)
+        CHECK_EQ(layout.sample_of(static_cast<int64_t>(row)), layout.search(static_cast<int64_t>(row)));
+      CHECK_EQ(map.back(), -7);
+    }
+  }
+}
+
 TEST_CASE(layout_refuses_empty_sides) {
   for (const Grid& bad : {Grid{0, 2, 2}, Grid{1, 0, 2}, Grid{1, 2, 0}, Grid{1, -2, -2}, Grid{-1, 2, -2}}) {
     const std::vector<Grid> grids = {{1, 1, 1}, bad};

@@ -17,12 +17,12 @@ OpCase layer_norm_case(const Size& s, bool residual) {
     return residual ? std::vector{y, in[0], in[1], in[2]} : std::vector{y};
   };
   o.forward = [=](const Views& in, const Views& out, const Execution& exec) {
-    const HostLayout layout = s.batch.layout();
+    const CaseLayout layout = s.batch.layout();
     modulated_layer_norm({.x = in[0], .shift = in[1], .scale = in[2], .layout = layout.view(), .y = out[0]}, exec);
     for (size_t i = 0; residual && i < 3; ++i) copy(in[i], out[i + 1]);
   };
   o.backward = [=](const Views& in, const Views& grad_out, const Views& grad_in, const Execution& exec) {
-    const HostLayout layout = s.batch.layout();
+    const CaseLayout layout = s.batch.layout();
     for (size_t i = 0; residual && i < 3; ++i) copy(grad_out[i + 1], grad_in[i]);
     with_workspace(row_statistics_workspace(in[0].dtype, rows), [&](void* workspace) {
       modulated_layer_norm_backward({.x = in[0],
@@ -53,18 +53,18 @@ OpCase mean_case(const Size& s, bool residual) {
     return residual ? std::vector{mean, in[0]} : std::vector{mean};
   };
   o.forward = [=](const Views& in, const Views& out, const Execution& exec) {
-    const HostLayout layout = s.batch.layout();
+    const CaseLayout layout = s.batch.layout();
     if (residual) copy(in[0], out[1]);
-    with_workspace(row_statistics_workspace(in[0].dtype, rows), [&](void* workspace) {
+    with_workspace(modulated_mean_workspace(in[0].dtype, b, rows, c), [&](void* workspace) {
       modulated_mean(
           {.x = in[0], .shift = in[1], .scale = in[2], .layout = layout.view(), .mean = out[0], .workspace = workspace},
           exec);
     });
   };
   o.backward = [=](const Views& in, const Views& grad_out, const Views& grad_in, const Execution& exec) {
-    const HostLayout layout = s.batch.layout();
+    const CaseLayout layout = s.batch.layout();
     if (residual) copy(grad_out[1], grad_in[0]);
-    with_workspace(row_statistics_workspace(in[0].dtype, rows), [&](void* workspace) {
+    with_workspace(modulated_mean_workspace(in[0].dtype, b, rows, c), [&](void* workspace) {
       modulated_mean_backward({.x = in[0],
                                .scale = in[2],
                                .layout = layout.view(),
@@ -90,13 +90,13 @@ OpCase residual_case(const Size& s, bool y_per_sample) {
     return std::vector{naive::gated_residual(in[0], in[1], in[2], s.batch.dense, y_per_sample)};
   };
   o.forward = [=](const Views& in, const Views& out, const Execution& exec) {
-    const HostLayout layout = s.batch.layout();
+    const CaseLayout layout = s.batch.layout();
     gated_residual(
         {.x = in[0], .y = in[1], .gate = in[2], .layout = layout.view(), .out = out[0], .y_per_sample = y_per_sample},
         exec);
   };
   o.backward = [=](const Views& in, const Views& grad_out, const Views& grad_in, const Execution& exec) {
-    const HostLayout layout = s.batch.layout();
+    const CaseLayout layout = s.batch.layout();
     gated_residual_backward({.y = in[1],
                              .gate = in[2],
                              .layout = layout.view(),
@@ -121,7 +121,7 @@ OpCase residual_norm_case(const Size& s) {
     return std::vector{out, naive::modulated_layer_norm(out, in[3], in[4], s.batch.dense)};
   };
   o.forward = [=](const Views& in, const Views& out, const Execution& exec) {
-    const HostLayout layout = s.batch.layout();
+    const CaseLayout layout = s.batch.layout();
     if (out[0]) copy(in[0].columns(0, out[0].cols), out[0]);
     gated_residual({.x = out[0],
                     .y = in[1],
@@ -162,7 +162,7 @@ OpCase pool_case(const Size& s, bool position, bool accumulate, bool normed = fa
     return accumulate ? std::vector{out, in[0]} : std::vector{out};
   };
   o.forward = [=](const Views& in, const Views& out, const Execution& exec) {
-    const HostLayout layout = s.batch.layout(), sparse_layout = s.batch.sparse_layout();
+    const CaseLayout layout = s.batch.layout(), sparse_layout = s.batch.sparse_layout();
     if (accumulate) copy(in[0], out[1]);
     pool_tokens({.x = in[0],
                  .position = s.batch.positions(position ? in[1] : Matrix{}),
@@ -175,7 +175,7 @@ OpCase pool_case(const Size& s, bool position, bool accumulate, bool normed = fa
                 exec);
   };
   o.backward = [=](const Views&, const Views& grad_out, const Views& grad_in, const Execution& exec) {
-    const HostLayout layout = s.batch.layout(), sparse_layout = s.batch.sparse_layout();
+    const CaseLayout layout = s.batch.layout(), sparse_layout = s.batch.sparse_layout();
     if (accumulate) copy(grad_out[1], grad_in[0]);
     pool_tokens_backward({.layout = layout.view(),
                           .sparse_layout = sparse_layout.view(),
@@ -201,7 +201,7 @@ OpCase gather_case(const Size& s, bool position, bool normed) {
     return normed ? with_norm(out, in, s.batch.dense) : std::vector{out};
   };
   o.forward = [=](const Views& in, const Views& out, const Execution& exec) {
-    const HostLayout layout = s.batch.layout(), sparse_layout = s.batch.sparse_layout();
+    const CaseLayout layout = s.batch.layout(), sparse_layout = s.batch.sparse_layout();
     gather_sparse({.s = in[0],
                    .x = in[1],
                    .position = s.batch.positions(position ? in[2] : Matrix{}),
@@ -214,7 +214,7 @@ OpCase gather_case(const Size& s, bool position, bool normed) {
                   exec);
   };
   o.backward = [=](const Views&, const Views& grad_out, const Views& grad_in, const Execution& exec) {
-    const HostLayout layout = s.batch.layout(), sparse_layout = s.batch.sparse_layout();
+    const CaseLayout layout = s.batch.layout(), sparse_layout = s.batch.sparse_layout();
     gather_sparse_backward(
         {.layout = layout.view(), .sparse_layout = sparse_layout.view(), .grad_out = grad_out[0], .grad_s = grad_in[0]},
         exec);
@@ -232,7 +232,7 @@ OpCase position_case(const Size& s) {
     return std::vector{naive::add_position(in[0], {in[1], s.batch.position_offset}, s.batch.dense)};
   };
   o.forward = [=](const Views& in, const Views& out, const Execution& exec) {
-    const HostLayout layout = s.batch.layout();
+    const CaseLayout layout = s.batch.layout();
     if (out[0]) copy(in[0].columns(0, out[0].cols), out[0]);
     add_position({.x = out[0], .position = s.batch.positions(in[1]), .layout = layout.view()}, exec);
   };

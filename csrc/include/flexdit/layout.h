@@ -24,16 +24,21 @@ struct LayoutRow {
 };
 static_assert(sizeof(LayoutRow) == 4 * sizeof(int32_t));
 
-// A view of a table, on the host or on the device that computes with it. constexpr is what lets kernels call it.
+// A view of a table and perhaps a row map, on the host or on the device that computes with them. constexpr is what lets
+// kernels call it.
 struct TokenLayout {
   const LayoutRow* table = nullptr;
   int64_t batch = 0;
+  // [rows], at least total() and as many as are asked for: search() of each row. Or null: then sample_of searches.
+  const int32_t* row_map = nullptr;
 
   constexpr int64_t offset(int64_t sample) const { return table[sample].offset; }
   constexpr int64_t total() const { return table[batch].offset; }
   constexpr const Grid& grid(int64_t sample) const { return table[sample].grid; }
-  // The sample that owns a packed row. O(log batch).
-  constexpr int64_t sample_of(int64_t row) const {
+  // The sample that owns a packed row.
+  constexpr int64_t sample_of(int64_t row) const { return row_map ? row_map[row] : search(row); }
+  // The same from the table, O(log batch). Rows behind the total count to the last sample, without samples to sample 0.
+  constexpr int64_t search(int64_t row) const {
     int64_t low = 0, high = batch;
     while (high - low > 1) {
       const int64_t middle = (low + high) / 2;
@@ -47,15 +52,23 @@ struct TokenLayout {
 // or more than 2^31 - 1 rows in all.
 void fill_layout(std::span<const Grid> grids, LayoutRow* table);
 
-// A layout that owns its table on the host.
+// Fills a row map from a layout's table: search() of each row.
+void fill_row_map(const TokenLayout& layout, std::span<int32_t> row_map);
+
+// A layout that owns its table and its row map on the host.
 class HostLayout {
  public:
-  explicit HostLayout(std::span<const Grid> grids) : table_(grids.size() + 1) { fill_layout(grids, table_.data()); }
+  explicit HostLayout(std::span<const Grid> grids) : table_(grids.size() + 1) {
+    fill_layout(grids, table_.data());
+    row_map_.resize(static_cast<size_t>(table_.back().offset));
+    fill_row_map(view(), row_map_);
+  }
   HostLayout(int64_t batch, Grid grid) : HostLayout(std::vector<Grid>(static_cast<size_t>(batch), grid)) {}
-  TokenLayout view() const { return {table_.data(), static_cast<int64_t>(table_.size()) - 1}; }
+  TokenLayout view() const { return {table_.data(), static_cast<int64_t>(table_.size()) - 1, row_map_.data()}; }
 
  private:
   std::vector<LayoutRow> table_;
+  std::vector<int32_t> row_map_;
 };
 
 // PyTorch's index rules (method.md, Blocks): pooling window i of n -> m, and nearest source of j.

@@ -1,0 +1,232 @@
+"""`flexdit sample`: images, or latents, from a checkpoint's folder."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import io
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ._core import CUDA_ARCHITECTURES
+from ._files import all_or_nothing, arrange, check_finite, png, to_pixels, write_file
+from ._vae import PIXEL_CHANNELS, load_decoder
+from .diffusion.samplers import SAMPLERS
+from .model import FlexDiT
+from .sampler import Sampler
+from .sampling import progress_bar
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+_GRID_IMAGES = 256  # in grid.png
+_SETTINGS = (
+    *("seed", "sampler", "steps", "eta", "cfg_scale", "guidance_interval", "guidance_channels", "size", "grid"),
+    *("clip_x0", "dtype"),
+)
+
+DESCRIPTION = f"""\
+Draws images of the labels with a FlexDiT from save_pretrained's folder, in C++ from the first step to the last
+(flexdit_ext.Sampler). Writes 00000_LABEL.png, 00001_LABEL.png, ... and grid.png (of the first {_GRID_IMAGES}) into
+--out, all of them or none. Latents go through the autoencoder of --vae; without it a model of 1 or 3 channels draws
+pixels, and any other's latents are written as they are."""
+EPILOG = """\
+exit codes: 0 done, 2 it could not be done and nothing was written, 130 interrupted
+example: flexdit sample --checkpoint xl2 --vae sd-vae-ft-ema --labels 207,360 --cfg-scale 4 --out images"""
+
+
+def labels(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, must be integers with commas between them") from None
+
+
+def steps(text: str) -> int | str:
+    return int(text) if re.fullmatch(r"[+-]?\d+", text) else text
+
+
+def count(text: str) -> int:
+    if not re.fullmatch(r"\d{1,9}", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, must be an integer from 1 to 999999999")
+    return int(text)
+
+
+def sides(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r}, must be HEIGHTxWIDTH, or one number for both")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def channels(text: str) -> int | str:
+    if text != "all" and not re.fullmatch(r"\d{1,9}", text):
+        raise argparse.ArgumentTypeError(f"{text!r}, must be an integer or all")
+    return text if text == "all" else int(text)
+
+
+def device(text: str) -> torch.device:
+    match = re.fullmatch(r"cpu|cuda(?::(\d{1,9}))?", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r}, must be cpu, cuda or cuda:INDEX")
+    if text != "cpu":
+        if not CUDA_ARCHITECTURES:
+            raise argparse.ArgumentTypeError(f"{text!r}, but this build has no CUDA backend: see `flexdit info`")
+        visible = torch.cuda.device_count()
+        if int(match[1] or 0) >= visible:
+            raise argparse.ArgumentTypeError(f"{text!r}, but torch sees {visible} GPUs")
+    return torch.device(text)
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if CUDA_ARCHITECTURES and torch.cuda.is_available() else "cpu")
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "sample",
+        help="draw images from a checkpoint",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
+    add = parser.add_argument_group("files").add_argument
+    add("--checkpoint", required=True, metavar="DIR", help="save_pretrained's folder or weights file")
+    add("--out", required=True, metavar="DIR", help="folder for the images, made where it is missing")
+    add("--vae", metavar="DIR", help="folder of a diffusers AutoencoderKL, or of a pipeline with vae/")
+    add("--latents", choices=["safetensors", "npy"], help="write latents.FORMAT, too; the default without images")
+    add("--columns", type=count, metavar="N", help="images in a row of grid.png")
+
+    add = parser.add_argument_group("images").add_argument
+    add("--labels", required=True, type=labels, metavar="A,B,...", help="class labels")
+    add("--images-per-label", type=count, default=1, metavar="N", help="default %(default)s")
+    add("--seed", type=int, default=0, help="of the whole run, default %(default)s")
+    add("--start-index", type=int, default=0, metavar="N", help="of the first image, to go on with a run's images")
+    add(
+        "--size", type=sides, metavar="HxW", help="of the latent, or of the pixels where there is none; default its own"
+    )
+
+    add_sampling(parser)
+    add_machine(parser)
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """What sampling_options reads, but for the seed."""
+    add = parser.add_argument_group("sampling").add_argument
+    add("--sampler", choices=SAMPLERS, default="ddim", help="default %(default)s; flow models: flow, heun")
+    add("--steps", type=steps, default=50, help='1 to 1000, default %(default)s; ddim, ddpm also, say, "ddim50"')
+    add("--eta", type=float, default=0.0, help="DDIM's, 0 to 1, default %(default)s")
+    add("--cfg-scale", type=float, default=1.0, metavar="SCALE", help="guidance; 1, the default, is none")
+    add("--guidance-interval", type=float, nargs=2, metavar=("FIRST", "LAST"), help="timesteps guided, default all")
+    add("--guidance-channels", type=channels, metavar="N", help="the first N are guided, or all; default at most 3")
+    add("--grid", type=sides, metavar="HxW", help="sparse grid of every step, instead of the model's schedule")
+    add("--clip-x0", action="store_true", help="clamp the predicted image to [-1, 1] in every step")
+
+
+def sampling_options(arguments: argparse.Namespace) -> dict:
+    """Keyword arguments of Sampler.sample."""
+    names = (
+        "steps",
+        "sampler",
+        "cfg_scale",
+        "seed",
+        "eta",
+        "grid",
+        "guidance_interval",
+        "guidance_channels",
+        "clip_x0",
+    )
+    return {name: getattr(arguments, name) for name in names}
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", type=device, help="cpu or cuda[:INDEX], default a GPU where one can be used")
+    add("--dtype", choices=DTYPES, help="to compute with, default the checkpoint's")
+    add("--batch-size", type=count, default=16, metavar="N", help="images at once, default %(default)s")
+    add("--quiet", action="store_true", help="print nothing but errors")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    model = FlexDiT.from_pretrained(arguments.checkpoint, device=arguments.device or default_device())
+    last = model.config.num_classes - (0 if model.config.class_dropout_prob > 0 else 1)
+    if bad := [label for label in arguments.labels if not 0 <= label <= last]:
+        raise ValueError(f"--labels: {bad[0]}, must be from 0 to {last}")
+    decode = _decoder(arguments, model)
+    sampler = Sampler(model, DTYPES.get(arguments.dtype))
+    del model  # the sampler has its own copy
+    wanted = [label for label in arguments.labels for _ in range(arguments.images_per_label)]
+    with all_or_nothing(arguments.out) as folder:
+        latents = _sample(sampler, wanted, arguments)
+        if arguments.latents or decode is None:
+            _write_latents(folder, latents, wanted, arguments.latents or "safetensors")
+        if decode is not None:
+            _write_images(folder, latents, wanted, decode, arguments)
+        written = sorted(path.name for path in folder.iterdir())
+    if not arguments.quiet:
+        names = written if len(written) <= 6 else [*written[:2], "...", *written[-3:]]
+        print(f"written to {arguments.out}: {' '.join(names)}")
+    return 0
+
+
+def _sample(sampler: Sampler, wanted: list[int], arguments: argparse.Namespace) -> Tensor:
+    latents = sampler.sample(
+        wanted,
+        **sampling_options(arguments),
+        size=arguments.size,
+        batch_size=min(arguments.batch_size, len(wanted)),
+        start_index=arguments.start_index,
+        progress=not arguments.quiet,
+    )
+    check_finite(latents, arguments.start_index)
+    return latents
+
+
+def _decoder(arguments: argparse.Namespace, model: FlexDiT):
+    """What makes images [n, 1 or 3, H, W] in [-1, 1] of latents, or None where they stay latents."""
+    if not arguments.vae and model.config.in_channels not in PIXEL_CHANNELS:
+        return None
+    require("PIL", "pillow", "writing PNG files")
+    if not arguments.vae:
+        return torch.nn.Identity()
+    require("diffusers", "diffusers", "--vae")
+    return load_decoder(Path(arguments.vae), model.config.in_channels, model.pos_embed.device)
+
+
+def require(module: str, package: str, purpose: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise ImportError(f"{purpose} needs {package}: pip install {package}, or flexdit_ext[cli]")
+
+
+def _write_latents(folder: Path, latents: Tensor, wanted: list[int], form: str) -> None:
+    latents, file = latents.cpu().contiguous(), io.BytesIO()
+    if form == "npy":  # numpy has no bfloat16
+        np.save(file, latents.to(torch.promote_types(latents.dtype, torch.float32)).numpy(), allow_pickle=False)
+    else:
+        file.write(safetensors.torch.save({"latents": latents, "labels": torch.tensor(wanted)}))
+    write_file(folder / f"latents.{form}", file.getvalue())
+
+
+@torch.no_grad()
+def _write_images(folder: Path, latents: Tensor, wanted: list[int], decode, arguments: argparse.Namespace) -> None:
+    shown = []
+    with progress_bar(not arguments.quiet, len(wanted), "writing", "image") as tick:
+        for i, label in enumerate(wanted):  # one by one: a decoder needs much more memory than the model
+            image = decode(latents[i : i + 1])
+            index = arguments.start_index + i
+            check_finite(image, index)
+            (pixels,) = to_pixels(image)
+            settings = {"label": label, "index": index} | {name: getattr(arguments, name) for name in _SETTINGS}
+            write_file(folder / f"{index:05d}_{label}.png", png(pixels, {"flexdit": json.dumps(settings)}))
+            if len(shown) < _GRID_IMAGES:
+                shown.append(pixels)
+            tick()
+    several = arguments.images_per_label if arguments.images_per_label > 1 else math.ceil(math.sqrt(len(shown)))
+    write_file(folder / "grid.png", png(arrange(shown, arguments.columns or several)))
