@@ -8,7 +8,10 @@ import os
 import platform
 import sys
 
-import torch
+try:
+    import torch
+except ImportError as error:
+    sys.exit(f"flexdit: the command line needs PyTorch, pip install 'flexdit_ext[torch]' ({error})")
 
 from . import _C, __version__, cli_bench, cli_convert, cli_evaluate, cli_latents, cli_sample, cli_train
 

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ._checkpoint_single import build_single
 from ._convert_diffusers import WEIGHTS_NAME, read_json, transformer_folder
 from ._report import Report
 from ._sparsify import into_layout
 from ._state_dict import load_tensors, rename, reverse, translate
-from .checkpoint import CONFIG_NAME, check_state_dict, find_weights
+from .checkpoint import CONFIG_NAME, find_weights
 from .config_single import FlexLatteConfig, FlexPixArtConfig
 from .single_model import FlexLatte, FlexPixArt, SingleFlexDiT
 
@@ -194,17 +195,13 @@ def _build(kind: type, config, tensors, layout: dict, dtype, device, source: str
     tensors = into_layout(tensors, config, report)
     weight = tensors["patch_embed.weight"]
     with torch.device("meta"):
-        model = kind(config, dtype=weight.dtype if dtype is None else dtype)
-    expected = model.state_dict()
-    for name in expected:  # projections without bias (attention_bias=False)
+        expected = {name: tensor.shape for name, tensor in kind(config).state_dict().items()}
+    for name, shape in expected.items():  # projections without bias (attention_bias=False)
         if name.endswith(".bias") and re.search(r"\.(attn|cross)\.(qkv|q|kv|v)\.", name) and name not in tensors:
-            tensors[name] = weight.new_zeros(expected[name].shape)
+            tensors[name] = weight.new_zeros(shape)
             report.initialise(name, "0")
     report.missing = [name for name in expected if name not in tensors]
-    check_state_dict(model, tensors, source)
-    model.to_empty(device="cpu" if device is None else device)
-    model.load_state_dict(tensors)
-    return model.eval()
+    return build_single(kind, config, tensors, dtype, device, source)
 
 
 # ---- and back -------------------------------------------------------------------------------------------------------

@@ -178,8 +178,9 @@ def _save(ctx, inputs, output):
 
 
 def _gradient(ctx, grad_out, _):
-    *tensors, context = ctx.saved_tensors[:9]
-    parameters, needed = list(ctx.saved_tensors[9:]), list(ctx.needs_input_grad[1])
+    saved = list(ctx.saved_tensors)
+    *tensors, context = saved[:9]
+    parameters, needed = saved[9:], list(ctx.needs_input_grad[1])
     grads = single_block_backward(
         ctx.kind, parameters, ctx.num_heads, *tensors, ctx.across_frames, ctx.max_positions, context, grad_out, needed
     )

@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 
 from . import _C, __version__
+from ._arguments import check_dtype
 from .cli_sample import DTYPES, count, default_device, device, sides
 from .config import _PRESETS, FlexDiTConfig
 from .model import FlexDiT
-from .sampler import Sampler, check_dtype, check_size
+from .sampler import Sampler, check_size
 from .schedule import DensitySchedule
 
 DESCRIPTION = """\

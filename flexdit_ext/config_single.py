@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from ._arguments import Grid, check_count, check_number
+from ._checks import Grid, check_count, check_number
 from .schedule import DensitySchedule
 
 _POSITIVE = ("input_size", "patch_size", "in_channels", "out_channels", "hidden_size", "num_heads")

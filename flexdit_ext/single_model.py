@@ -144,6 +144,20 @@ class SingleFlexDiT(nn.Module):
         total = sum((end - begin) * macs(self.config, grid, tokens) for begin, end, grid in segments)
         return total / schedule.num_timesteps
 
+    def save_pretrained(self, directory, *, max_shard_size: int | str | None = None) -> None:
+        """Writes config.json and model.safetensors (see checkpoint.save_pretrained) into `directory`, each whole or not
+        at all."""
+        from ._checkpoint_single import save_single
+
+        save_single(self, directory, max_shard_size)
+
+    @classmethod
+    def from_pretrained(cls, path, dtype: torch.dtype | None = None, device=None, **options):
+        """Loads what save_pretrained wrote; path, options and errors as in FlexDiT.from_pretrained."""
+        from ._checkpoint_single import load_single
+
+        return load_single(cls, path, dtype, device, **options)
+
     # ---- forward ----------------------------------------------------------------------------------------------------
 
     def _compute(self, x, t, y, caption, caption_mask, sizes, grid: Grid | Sequence[Grid] | None) -> Tensor:

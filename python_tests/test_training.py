@@ -209,7 +209,7 @@ def test_resumed_in_the_same_process_and_extended(tmp_path):
     first._train_step = lambda source: original(source) if first.step < 5 else 1 / 0
     with pytest.raises(ZeroDivisionError):
         first.run()
-    first._lock.close()
+    first.close()
     train(parts)
     assert_same_run(parts, whole)
     before = log_of(parts, timed=True)

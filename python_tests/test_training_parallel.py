@@ -98,7 +98,7 @@ def check_loaded(config, folder):
     if whole is not None:
         assert whole.keys() == wanted.keys()
         assert all(torch.equal(tensor, wanted[name]) for name, tensor in whole.items())
-    trainer.parallel.close()
+    trainer.close()
     return 0
 
 
@@ -142,7 +142,7 @@ def record_overlap(config):
         reductions = ("c10d::allreduce_", "c10d::_reduce_scatter_base_")
         names = [event.name for event in events if event.name in reductions or event.name.startswith("backward ")]
         (Path(config.output) / "events.json").write_text(json.dumps(names))
-    trainer.parallel.close()
+    trainer.close()
     return 0
 
 

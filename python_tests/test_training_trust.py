@@ -132,7 +132,7 @@ def test_damaged_checkpoint(tmp_path, whole, name):
         trainer = Trainer(config)
     assert trainer.step == 8
     assert folder(config)[1:] == ["step-00000008"] and folder(config)[0].startswith(".damaged-step-00000012-")
-    trainer._lock.close()
+    trainer.close()
     damage(newest(config) / name, 40)
     with pytest.warns(UserWarning, match="is damaged"), pytest.raises(TrainingError, match="every checkpoint"):
         Trainer(config)
@@ -145,7 +145,7 @@ def test_missing_file_of_a_checkpoint(tmp_path, whole):
     with pytest.warns(UserWarning, match=r"state\.json cannot be read"):
         trainer = Trainer(config)
     assert trainer.step == 8
-    trainer._lock.close()
+    trainer.close()
     assert in_process(train, config) == FINISHED
     assert_same_run(config, whole)
 
@@ -208,7 +208,7 @@ def test_two_runs_in_one_folder(tmp_path):
     first = Trainer(make_config(tmp_path))
     with pytest.raises(TrainingError, match="belongs to a run that is still going on"):
         Trainer(make_config(tmp_path))
-    first._lock.close()
+    first.close()
     Trainer(make_config(tmp_path))
 
 

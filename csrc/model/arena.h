@@ -12,9 +12,10 @@ class Arena {
   explicit Arena(void* base = nullptr, bool fresh = true) : base_(static_cast<char*>(base)), fresh_(fresh) {}
 
   void* bytes(int64_t count) {
-    void* piece = base_ ? base_ + used_ : nullptr;
+    const int64_t used = used_;
     used_ += (count + 63) / 64 * 64;
-    return trace::recorder() && piece ? trace::recorder()->piece(piece, count, fresh_) : piece;
+    if (base_ && trace::recorder()) return trace::recorder()->piece(base_, used, count, fresh_);
+    return base_ ? base_ + used : nullptr;
   }
   Matrix matrix(int64_t rows, int64_t cols, DType dtype) {
     return {bytes(rows * cols * size_of(dtype)), rows, cols, cols, dtype};

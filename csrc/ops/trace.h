@@ -1,6 +1,6 @@
 // What a run does to memory, for the arena checker (csrc/tests/arena_checker.h): the fields of every operation, the
-// pieces that arenas carve, buffers that come and go. Only the emulated library has a recorder; elsewhere there is none,
-// and nothing is left of this.
+// pieces that arenas carve, buffers that come and go. Only the emulated library has a recorder; elsewhere there is
+// none, and nothing is left of this.
 #pragma once
 
 #include <cstdint>
@@ -33,9 +33,9 @@ class Recorder {
   virtual ~Recorder() = default;
   // An operation that is launched, or captured, now.
   virtual void operation(const char* name, const std::vector<View>& views) = 0;
-  // An arena has carved `bytes` at `planned`: where they shall really lie. Fresh ones hold nothing, others were carved
-  // before at the same place.
-  virtual void* piece(void* planned, int64_t bytes, bool fresh) = 0;
+  // An arena has carved `bytes` behind the first `used` at `base`: where they shall really lie. Fresh ones hold
+  // nothing, others were carved before at the same place.
+  virtual void* piece(char* base, int64_t used, int64_t bytes, bool fresh) = 0;
   virtual void allocated(void* memory, int64_t bytes) = 0;
   virtual bool keeps(void* memory) = 0;  // memory that is given back; true: the recorder frees it
 };

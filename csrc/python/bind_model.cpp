@@ -158,6 +158,12 @@ void bind_single_blocks(py::module_& m) {
 }
 
 void bind_ends(py::module_& m) {
+  py::class_<Patches>(m, "Patches", py::module_local())
+      .def(py::init(
+               [](int64_t channels, int64_t patch, bool channels_last) {
+                 return Patches{.channels = channels, .patch = patch, .channels_last = channels_last};
+               }),
+           py::arg("channels"), py::arg("patch"), py::arg("channels_last"));
   m.def("final_layer_workspace", [](py::object x, int64_t batch, int64_t patch_values) {
     const Matrix view = matrix(x);
     return final_layer_workspace_bytes(batch, view.rows, view.cols, patch_values, view.dtype);
@@ -222,12 +228,6 @@ void bind_ends(py::module_& m) {
           const py::gil_scoped_release release;
           condition_backward(p, exec);
         });
-  py::class_<Patches>(m, "Patches", py::module_local())
-      .def(py::init(
-               [](int64_t channels, int64_t patch, bool channels_last) {
-                 return Patches{.channels = channels, .patch = patch, .channels_last = channels_last};
-               }),
-           py::arg("channels"), py::arg("patch"), py::arg("channels_last"));
   m.def("patch_embed_workspace", [](py::object rows, int64_t hidden) {
     const Matrix view = matrix(rows);
     return patch_embed_backward_workspace_bytes(view.rows, hidden, view.cols, view.dtype);

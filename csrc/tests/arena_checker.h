@@ -37,7 +37,7 @@ inline bool is_operation(const Event& e) {
 }
 
 struct Piece {
-  uintptr_t end, planned;
+  uintptr_t end, planned, base;  // base: of its arena
 };
 
 // A run: what happened, and where the pieces are planned, by their beginnings. Tests change it to plant mistakes.
@@ -76,13 +76,15 @@ class ArenaRecorder : public trace::Recorder {
   void operation(const char* name, const std::vector<trace::View>& views) override {
     emulator::submit([this, name, views] { run.events.push_back({name, resolved(name, views)}); });
   }
-  void* piece(void* planned, int64_t bytes, bool fresh) override {
+  void* piece(char* base, int64_t used, int64_t bytes, bool fresh) override {
+    void* planned = base + used;
     if (bytes == 0) return planned;
     void*& here = latest_[planned];
     if (fresh || !here) {
       here = own(bytes);
       const auto begin = reinterpret_cast<uintptr_t>(here);
-      run.pieces[begin] = {begin + static_cast<uintptr_t>(bytes), reinterpret_cast<uintptr_t>(planned)};
+      run.pieces[begin] = {begin + static_cast<uintptr_t>(bytes), reinterpret_cast<uintptr_t>(planned),
+                           reinterpret_cast<uintptr_t>(base)};
       if (fresh) operation(kCarve, {whole("piece", here, bytes)});
     }
     return here;
@@ -314,13 +316,17 @@ class ArenaChecker {
     });
   }
 
-  // That an arena does not go beyond its buffer.
+  // That an arena does not go beyond the buffer, or the piece, that it carves.
   void check_room(const View& v) {
-    const uintptr_t begin = begin_of(v), end = begin + static_cast<uintptr_t>(v.row_bytes);
-    const auto after = buffers_.upper_bound(begin);
-    if (after == buffers_.begin() || std::prev(after)->second <= begin || std::prev(after)->second >= end) return;
-    report(name(now_, v.field) + " ends " + std::to_string(end - std::prev(after)->second) +
-           " bytes behind its buffer");
+    const Piece& piece = run_.piece_of(reinterpret_cast<uintptr_t>(v.data))->second;
+    const uintptr_t base = run_.planned(piece.base), end = begin_of(v) + static_cast<uintptr_t>(v.row_bytes);
+    const auto buffer = buffers_.upper_bound(base);
+    uintptr_t room =
+        buffer == buffers_.begin() || std::prev(buffer)->second <= base ? UINTPTR_MAX : std::prev(buffer)->second;
+    if (const auto* outer = run_.piece_of(piece.base))
+      room = std::min(room, run_.planned(outer->first) + outer->second.end - outer->first);
+    if (end > room)
+      report(name(now_, v.field) + " ends " + std::to_string(end - room) + " bytes behind what its arena has");
   }
 
   // Fields of ops.h that may be the same memory.

@@ -1,5 +1,7 @@
 // Memory and order, as the arena checker sees them, of the model and of sessions on the CPU and on the emulator,
 // captured graphs included: they are clean, and mistakes that are planted in them are found.
+#include "model/arena.h"
+
 #include "arena_checker.h"
 #include "company.h"
 #include "flexdit/model.h"
@@ -103,7 +105,8 @@ class FaultyPlan : public trace::Recorder {
   ~FaultyPlan() override { trace::current = nullptr; }
 
   void operation(const char*, const std::vector<trace::View>&) override {}
-  void* piece(void* planned, int64_t bytes, bool fresh) override {
+  void* piece(char* base, int64_t used, int64_t bytes, bool fresh) override {
+    void* planned = base + used;
     if (bytes == 0) return planned;
     if (fresh) {
       moved_.erase(planned);
@@ -331,6 +334,20 @@ TEST_CASE(operations_that_change_places) {
   CHECK(planted > 50);
 }
 
+TEST_CASE(arenas_that_are_too_small) {
+  ArenaRecorder recorder;
+  const Buffer buffer(256, kCuda);
+  Arena arena(buffer.data());
+  Arena inner(arena.bytes(128));
+  inner.bytes(64), inner.bytes(65);
+  arena.bytes(128);
+  const std::string inner_end = "carve (3) piece ends 1 bytes behind what its arena has";
+  CHECK(mistakes_of(recorder.run) == std::vector{inner_end});
+  arena.bytes(1);
+  CHECK(mistakes_of(recorder.run) ==
+        std::vector({inner_end, std::string("carve (5) piece ends 1 bytes behind what its arena has")}));
+}
+
 // A request alone on the emulator: its first step launches, the second one is captured, all later ones are replays.
 TEST_CASE(graphs_replay_in_order) {
   const TestModel model(session_config(), DensitySchedule({{1, 2, 2}}));
@@ -416,7 +433,7 @@ struct Listener : trace::Recorder {
   void operation(const char*, const std::vector<trace::View>& more) override {
     views.insert(views.end(), more.begin(), more.end());
   }
-  void* piece(void* planned, int64_t, bool) override { return planned; }
+  void* piece(char* base, int64_t used, int64_t, bool) override { return base + used; }
   void allocated(void*, int64_t) override {}
   bool keeps(void*) override { return false; }
 

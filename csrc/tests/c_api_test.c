@@ -1,8 +1,11 @@
 /* libflexdit_c as a C program sees it: checkpoints, then sampling. Arguments: the folder that Python wrote. */
+#define _POSIX_C_SOURCE 200112L
+
 #include "flexdit/c_api.h"
 
 #include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 static int failures = 0;
@@ -306,6 +309,46 @@ static void bad_requests(const char* folder) {
   flexdit_model_free(model);
 }
 
+/* The library's large memory comes from here; more than `largest` bytes in one piece there are not. */
+static size_t largest = (size_t)-1;
+void* aligned_alloc(size_t alignment, size_t size) {
+  void* memory = NULL;
+  return size <= largest && posix_memalign(&memory, alignment, size) == 0 ? memory : NULL;
+}
+
+static void memory_is_short(const char* folder) {
+  flexdit_checkpoint* checkpoint = NULL;
+  flexdit_model *model = model_of(folder, FLEXDIT_KEEP_DTYPE), *none = model;
+  flexdit_session* session = NULL;
+  flexdit_request huge = request_of(0, FLEXDIT_DDIM, 1);
+  flexdit_image* image = (flexdit_image*)model;
+  int64_t id, small;
+  float values[64];
+  huge.height = huge.width = 16384;
+  CHECK(flexdit_session_create(model, NULL, &session) == FLEXDIT_OK);
+  small = add(session, request_of(0, FLEXDIT_DDIM, 1)), id = add(session, huge);
+  largest = 1 << 22;
+  finish(session);
+  CHECK(state_of(session, id) == FLEXDIT_FAILED);
+  CHECK(flexdit_session_take(session, id, &image) == FLEXDIT_REQUEST_FAILED && says("not enough memory") && !image);
+  CHECK(state_of(session, id) == FLEXDIT_UNKNOWN);
+  take(session, small, values);
+  largest = 64;
+  CHECK(flexdit_checkpoint_load(folder, FLEXDIT_KEEP_DTYPE, &checkpoint) == FLEXDIT_OK);
+  CHECK(flexdit_model_prepare(checkpoint, NULL, &none) == FLEXDIT_OUT_OF_MEMORY && !none);
+  small = add(session, request_of(0, FLEXDIT_HEUN, 4)); /* in a pass without memory all fail, and the next is fine */
+  id = flexdit_session_step(session, NULL);
+  largest = (size_t)-1;
+  CHECK(id == FLEXDIT_OUT_OF_MEMORY || state_of(session, small) == FLEXDIT_FAILED);
+  CHECK(flexdit_session_take(session, small, &image) == FLEXDIT_REQUEST_FAILED && says("not enough memory"));
+  small = add(session, request_of(0, FLEXDIT_DDIM, 1));
+  finish(session);
+  take(session, small, values);
+  flexdit_checkpoint_free(checkpoint);
+  flexdit_session_free(session);
+  flexdit_model_free(model);
+}
+
 /* As a program sees it that was compiled with a later header. */
 static void structs_grow(const char* folder) {
   struct {
@@ -344,6 +387,7 @@ int main(int argc, char** argv) {
   bad_models(argv[1]);
   bad_requests(argv[1]);
   structs_grow(argv[1]);
+  memory_is_short(argv[1]);
   printf("%d failures\n", failures);
   return failures != 0;
 }

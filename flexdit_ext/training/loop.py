@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import math
 import signal
+import traceback
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -66,11 +67,38 @@ class Trainer:
 
     def __init__(self, config: TrainingConfig):
         self.config = config
-        self.parallel = parallel = Parallel(config)
+        self.folder = Path(config.output)
+        self.wrapped = self._lock = None
+        self.parallel = Parallel(config)
+        with self._closing_on_error():
+            self._prepare()
+
+    def close(self) -> None:
+        """Frees the run's folder and leaves the other processes. torch can wait for itself for ever where a DDP module
+        outlives its process group, so it goes first."""
+        self.wrapped = None
+        self.parallel.close()
+        if self._lock is not None:
+            self._lock.close()
+
+    @contextlib.contextmanager
+    def _closing_on_error(self):
+        try:
+            yield
+        except BaseException as error:
+            cause = error if self.parallel.world > 1 else None
+            while cause is not None:
+                traceback.clear_frames(cause.__traceback__)  # they may hold the DDP module
+                cause = cause.__context__
+            self.close()
+            raise
+
+    # ---- before the first step
+
+    def _prepare(self) -> None:
+        config, parallel = self.config, self.parallel
         setup = set_up(config, parallel.world)
         self.model, self.data, self.draws = setup.model, setup.data, setup.draws
-        self.folder = Path(config.output)
-        self._lock = None
         parallel.on_main(self._claim_folder)
         # In eval(): labels are dropped here, by the draws of their slots.
         self.model.eval()
@@ -87,10 +115,7 @@ class Trainer:
         self._asked_to_end = self._ending = False
         self._pending: _Pending | None = None
         self._macs: dict = {}
-        window = self._resume()
-        self.window = Window(config.log.buckets, window)
-
-    # ---- before the first step
+        self.window = Window(config.log.buckets, self._resume())
 
     def _claim_folder(self) -> None:
         """The run's folder, with a lock that the kernel releases when the process ends, however it ends."""
@@ -441,7 +466,7 @@ class _Forward:
 def train(config: TrainingConfig) -> int:
     """Trains; returns FINISHED or TERMINATED. See Trainer."""
     trainer = Trainer(config)
-    try:
-        return trainer.run()
-    finally:
-        trainer.parallel.close()
+    with trainer._closing_on_error():
+        status = trainer.run()
+    trainer.close()
+    return status

@@ -116,6 +116,7 @@ class Parallel:
         return whole if self.is_main else None
 
     def close(self) -> None:
+        self.accelerator.free_memory()  # the module that it has wrapped
         if dist.is_initialized():
             dist.destroy_process_group()
 
