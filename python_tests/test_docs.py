@@ -49,17 +49,6 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    "page", sorted({page for page, known, _ in BLOCKS if known == "python"} - {README}), ids=lambda page: page.name
-)
-def test_python(page, workplace):
-    """A page's blocks go on from one to the next."""
-    scope = {"__name__": page.stem}
-    for other, language, code in BLOCKS:
-        if (other, language) == (page, "python"):
-            exec(compile(code, str(page), "exec"), scope)
-
-
 def run(line: str, folder: Path) -> None:
     words = shlex.split(line, comments=True)
     if not words:
@@ -86,11 +75,19 @@ def run(line: str, folder: Path) -> None:
     assert result.returncode == 0, f"{line}: {result.stdout}{result.stderr}"
 
 
-@pytest.mark.parametrize("page, code", blocks("sh"))
-def test_shell(page, code, workplace):
-    for line in code.replace("\\\n", " ").splitlines():
-        if page != README or not line.startswith("flexdit "):
-            run(line, workplace)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_page(page, workplace):
+    """In the page's order; Python goes on from block to block."""
+    scope = {"__name__": page.stem}
+    for language, code in [(language, code) for other, language, code in BLOCKS if other == page]:
+        if language == "python" and page != README:
+            exec(compile(code, str(page), "exec"), scope)
+        elif language == "toml":
+            Path(re.match(r"# (\S+\.toml)\n", code)[1]).write_text(code)
+        elif language == "sh":
+            for line in code.replace("\\\n", " ").splitlines():
+                if page != README or not line.startswith("flexdit "):
+                    run(line, workplace)
 
 
 @pytest.mark.parametrize("page, code", blocks("toml"))
