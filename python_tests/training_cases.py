@@ -29,7 +29,7 @@ MODEL = {
 # One interpreter with torch loaded, from which every process forks.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["flexdit_ext.training", "accelerate", "sklearn.datasets", "torch._dynamo", "torch.distributed.fsdp"]
+    ["flexdit_ext.training", "accelerate", "sklearn.model_selection", "torch._dynamo", "torch.distributed.fsdp"]
 )
 
 
