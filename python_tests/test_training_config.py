@@ -1,5 +1,7 @@
 """Configurations: TOML, --set, and every mistake named before anything starts."""
 
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -125,6 +127,14 @@ def test_command_line_checks(tmp_path, capsys):
     (tmp_path / "run.toml").write_text(text + 'schedule = { grids = [[2, 2]] }\n[data]\nkind = "digits"\n')
     assert main(["train", "--config", str(tmp_path / "run.toml"), "--check"]) == 0
     assert capsys.readouterr().out.startswith("1297 samples, ")
+
+
+def test_what_is_not_installed_is_named_with_its_extra(file, capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("flexdit_ext.training")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    assert main(["train", "--config", str(file)]) == 2
+    assert "accelerate is not installed: pip install 'flexdit_ext[train]'" in capsys.readouterr().err
 
 
 def test_models(tmp_path):

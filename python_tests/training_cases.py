@@ -75,6 +75,7 @@ def wait(process, timeout=120):
 
 def _exit_with(function, *arguments):
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of loading processes; another server would load torch again
     raise SystemExit(function(*arguments))
 
 
