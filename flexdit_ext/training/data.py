@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..config import FlexDiTConfig
+from ..evaluation.digits import load_images
 from ._latents import FeatureFolder, Shards, is_feature_folder
 from .config import DataSettings, TrainingConfig
 from .draws import Draws
@@ -28,11 +29,7 @@ class Digits(Dataset):
     num_classes = 10
 
     def __init__(self):
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        self.images = torch.from_numpy(digits.images).float().unsqueeze(1) / 8 - 1  # values are 0..16
-        self.labels = torch.from_numpy(digits.target).long()
+        self.images, self.labels = load_images()
 
     def __len__(self) -> int:
         return len(self.labels)
