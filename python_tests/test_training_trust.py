@@ -197,9 +197,7 @@ def test_not_finite(tmp_path):
     with pytest.raises(TrainingError) as caught:
         trainer.run()
     message = str(caught.value)
-    assert message.startswith(
-        f"the loss of step {step + 1} is not finite:\nrank 0: {tmp_path}/shard.npz[37] (sample 37"
-    )
+    assert message.startswith(f"the loss of step {step + 1} is not finite; rank 0: {tmp_path}/shard.npz[37] (sample 37")
     assert "the batch: " + ", ".join(map(str, trainer.draws.of_step(step).indices)) in message
     last = f"{tmp_path}/run/checkpoints/step-{step:08d}" if step else "none"
     assert message.endswith(f"last good checkpoint: {last}")
