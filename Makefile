@@ -9,7 +9,10 @@ FLEXDIT_CUDA ?= OFF
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt) CMakeLists.txt setup.py pyproject.toml \
            flexdit_ext/version.py
 
-.PHONY: demo test pytest ctest cuda sanitize bench gpu lint clean
+# The wheel has CUDA kernels where nvcc is found; OFF leaves them out.
+WHEEL_CUDA ?= AUTO
+
+.PHONY: demo test pytest ctest cuda sanitize bench gpu wheel try-wheel stubs lint clean
 
 demo: $(VENV)/.built
 	$(BIN)/python examples/digits/run.py --out out
@@ -17,14 +20,14 @@ demo: $(VENV)/.built
 test: pytest ctest
 
 pytest: $(VENV)/.built build/ctest/build.ninja
-	$(BIN)/cmake --build build/ctest --target _C_emulated
+	$(BIN)/cmake --build build/ctest --target _C_emulated flexdit flexdit_c
 	FLEXDIT_EMULATED=build/ctest $(BIN)/pytest
 
 ctest: build/ctest/build.ninja
 	$(BIN)/cmake --build build/ctest
 	$(BIN)/ctest --test-dir build/ctest -j2 --output-on-failure
 
-# The C++ tests, and for python_tests the CUDA kernels on the emulator as a Python module.
+# The C++ tests, and for python_tests the library and the CUDA kernels on the emulator as a Python module.
 build/ctest/build.ninja: $(VENV)/.installed CMakeLists.txt
 	$(CMAKE) -B build/ctest -DFLEXDIT_TESTS=ON -DFLEXDIT_CUDA=OFF -DFLEXDIT_PYTHON_EMULATED=ON \
 	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) >/dev/null
@@ -50,6 +53,22 @@ bench: $(VENV)/.built
 gpu:
 	$(PYTHON) bench/gpu.py $(GPU)
 
+# dist/: the sdist and a manylinux wheel for this Python, CUDA kernels for all release architectures included.
+wheel: $(VENV)/.installed-wheel
+	$(BIN)/python packaging/build_wheel.py --cuda $(WHEEL_CUDA)
+
+# The wheel in fresh environments: TRY="cpu none", also cuda.
+TRY ?= cpu none
+try-wheel: $(VENV)/.installed-wheel
+	$(BIN)/python packaging/try_wheel.py dist/*.whl $(TRY)
+
+# flexdit_ext/_C.pyi, after a change in csrc/python.
+stubs: $(VENV)/.built
+	$(BIN)/python -m pip install --quiet pybind11-stubgen
+	$(BIN)/python -m pybind11_stubgen flexdit_ext._C -o build/stubs
+	mv build/stubs/flexdit_ext/_C.pyi flexdit_ext/_C.pyi
+	$(BIN)/ruff check --quiet --select I --fix flexdit_ext/_C.pyi && $(BIN)/ruff format flexdit_ext/_C.pyi
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -57,6 +76,10 @@ $(VENV)/.installed: requirements/test.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -r requirements/test.txt
+	touch $@
+
+$(VENV)/.installed-wheel: requirements/wheel.txt $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -r requirements/wheel.txt
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)

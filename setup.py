@@ -1,6 +1,8 @@
 """Builds flexdit_ext: CMake compiles csrc/, setuptools packs it. torch is not needed to build."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+ONEDNN = "libdnnl.so.3"
 
 
 def requirements_root() -> Path:
@@ -37,6 +40,15 @@ class CMakeBuild(build_ext):
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *options]
         subprocess.run(configure, env=environment, check=True)
         subprocess.run(["cmake", "--build", str(build)], env=environment, check=True)
+        self.carry_onednn(build, target)
+
+    def carry_onednn(self, build: Path, target: Path) -> None:
+        """oneDNN's library beside the module, which looks there first: a wheel needs no other package's files. An
+        editable installation uses the environment's, where there is one."""
+        if self.inplace and (Path(sys.prefix) / "lib" / ONEDNN).exists():
+            return
+        found = re.search(r"^ONEDNN_LIBRARY:\w+=(.+)$", (build / "CMakeCache.txt").read_text(), flags=re.MULTILINE)
+        shutil.copy(found[1], target / ONEDNN)
 
 
 setup(ext_modules=[Extension("flexdit_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -1,4 +1,4 @@
-"""The command line: `flexdit sample`, `bench`, `convert` and `info`, also as `python -m flexdit_ext ...`."""
+"""The command line, `flexdit COMMAND ...`, also as `python -m flexdit_ext COMMAND ...`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import os
 import platform
 import sys
 
-import torch
+try:
+    import torch
+except ImportError as error:
+    sys.exit(f"flexdit: the command line needs PyTorch, pip install 'flexdit_ext[torch]' ({error})")
 
-from . import _C, __version__, cli_bench, cli_convert, cli_sample
+from . import _C, __version__, cli_bench, cli_convert, cli_evaluate, cli_latents, cli_sample, cli_train
 
 
 def information() -> list[tuple[str, str]]:
@@ -59,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _Parser(prog="flexdit", description="FlexDiT diffusion transformers", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"flexdit_ext {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in (cli_sample, cli_bench, cli_convert):
+    for module in (cli_sample, cli_train, cli_latents, cli_evaluate, cli_bench, cli_convert):
         module.add_parser(commands)
     info = commands.add_parser("info", help="print versions, what was built and what was found")
     info.add_argument("--json", action="store_true", help="print them as JSON")

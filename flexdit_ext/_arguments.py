@@ -2,69 +2,33 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
-import numpy as np
 import torch
 from torch import Tensor
 
-Grid = tuple[int, ...]
-# Where and with what the ops compute.
-DTYPES = {
-    "cpu": (torch.float32, torch.bfloat16, torch.float64),
-    "cuda": (torch.float32, torch.bfloat16, torch.float16),
-}
+from ._checks import DTYPE_NAMES, Grid, check_count, check_grid, check_grids, check_number
 
+__all__ = [
+    "DTYPES",
+    "Grid",
+    "check_count",
+    "check_device",
+    "check_dtype",
+    "check_floats",
+    "check_grid",
+    "check_grids",
+    "check_number",
+    "check_tensor",
+    "check_timesteps",
+    "check_width",
+]
 
-def check_grid(name: str, grid) -> Grid:
-    """Returns `grid` as a tuple of 2 or 3 positive ints."""
-    if isinstance(grid, (str, bytes)) or not isinstance(grid, Sequence) or len(grid) not in (2, 3):
-        raise TypeError(f"{name} is {grid!r}, must be a grid (h, w) or (f, h, w)")
-    if any(isinstance(side, bool) or not isinstance(side, int) for side in grid):
-        raise TypeError(f"{name} is {grid!r}, its sides must be ints")
-    if any(side < 1 or side >= 2**15 for side in grid):
-        raise ValueError(f"{name} is {tuple(grid)}, every side must be at least 1 and below 32768")
-    return tuple(grid)
-
-
-def check_grids(name: str, grids) -> list[Grid]:
-    if isinstance(grids, (str, bytes)) or not isinstance(grids, Sequence):
-        raise TypeError(f"{name} is {grids!r}, must be a list of grids (h, w) or (f, h, w)")
-    return [check_grid(f"{name}[{i}]", grid) for i, grid in enumerate(grids)]
-
-
-def check_number(name: str, value, least: float = -math.inf) -> float:
-    """A finite number, not below `least`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} is {value!r}, must be a number")
-    if not math.isfinite(value) or value < least:
-        allowed = "finite" if least == -math.inf else f"finite and at least {least}"
-        raise ValueError(f"{name} is {value}, must be {allowed}")
-    return value
-
-
-def check_count(name: str, value, least: int, most: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is {value!r}, must be an int")
-    if not least <= value <= most:
-        raise ValueError(f"{name} is {value}, must be from {least} to {most}")
-    return value
+DTYPES = {device: tuple(getattr(torch, name) for name in names) for device, names in DTYPE_NAMES.items()}
 
 
 def check_tensor(name: str, value) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is {'None' if value is None else type(value).__name__}, must be a torch.Tensor")
     return value
-
-
-def from_array(value):
-    """A tensor of another library's array (numpy, CuPy, JAX), through DLPack; anything else as it is."""
-    if isinstance(value, Tensor) or not hasattr(value, "__dlpack__"):
-        return value
-    if isinstance(value, np.ndarray):  # DLPack would refuse read-only ones and those of other byte orders
-        return torch.from_numpy(value.astype(value.dtype.newbyteorder("="), order="C", copy=True))
-    return torch.from_dlpack(value)
 
 
 def check_device(name: str, tensor: Tensor) -> None:
@@ -114,3 +78,13 @@ def check_timesteps(name: str, t) -> None:
     if t.dtype == torch.bool or t.is_complex():
         raise TypeError(f"{name} is {t.dtype}, must be an integer or floating-point dtype")
     check_device(name, t)
+
+
+def check_dtype(dtype, device: torch.device) -> torch.dtype:
+    known = DTYPES[device.type]
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype is {dtype!r}, must be a torch.dtype or None")
+    if dtype not in known:
+        names = ", ".join(str(one).removeprefix("torch.") for one in known)
+        raise TypeError(f"dtype is {dtype}, must be one of {names} on {device.type}")
+    return dtype

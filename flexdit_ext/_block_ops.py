@@ -205,7 +205,22 @@ block.register_autograd(_block_gradient, setup_context=_save_block)
 
 def timestep_features(t: Tensor, dtype: torch.dtype, shift: int = 0) -> Tensor:
     """[cos(t w), sin(t w)] [B, 256] with w_i = 10000^(-i / (128 - shift)), in float32 whatever the model's dtype, as
-    pretrained DiTs were trained. Source: DiT's TimestepEmbedder, arXiv 2212.09748."""
+    pretrained DiTs were trained. Source: DiT's TimestepEmbedder, arXiv 2212.09748.
+
+    Computed by the library, so that the module and the sampling engine have the same ones to the bit: torch's float32
+    exp is an ulp off now and then, 6e-5 of an angle. A float64 model, which is there to be held against torch's own
+    numbers in float64 (the released model's fixture: 1e-15), takes torch's."""
+    return (torch_features if dtype == torch.float64 else library_features)(t, dtype, shift)
+
+
+def library_features(t: Tensor, dtype: torch.dtype, shift: int) -> Tensor:
+    t = t.double().contiguous()
+    features = torch.empty(t.shape[0], TIMESTEP_FEATURES, dtype=dtype, device=t.device)
+    _C.timestep_embedding(t, shift, features, execution(features))
+    return features
+
+
+def torch_features(t: Tensor, dtype: torch.dtype, shift: int) -> Tensor:
     half = TIMESTEP_FEATURES // 2
     indices = torch.arange(half, dtype=torch.float32, device=t.device)
     frequencies = torch.exp(-math.log(10000) * indices / (half - shift))

@@ -59,6 +59,15 @@ def write_file(path: Path, data: bytes) -> None:
         ) from error
 
 
+def check_finite(images: Tensor, first: int) -> None:
+    """first: the number of the first image, for the message."""
+    bad = (~images.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"image {first + bad[0]} is not finite: the model, its dtype or the guidance does not bear this"
+        )
+
+
 def to_pixels(images: Tensor) -> np.ndarray:
     """Images [n, 1 or 3, H, W] in [-1, 1], what is beyond clamped, as uint8 [n, H, W, 1 or 3]."""
     pixels = (images.float().clamp(-1, 1) + 1) * 127.5

@@ -9,10 +9,10 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import safetensors
-import safetensors.torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -82,6 +82,8 @@ def read_index(path: Path) -> tuple[dict[str, str], dict]:
 
 def load_shards(path: Path) -> dict[str, Tensor]:
     """All tensors of an index, on the CPU. Raises FileNotFoundError or ValueError naming the file."""
+    import safetensors.torch  # not on top: the index can be read without torch
+
     weight_map, _ = read_index(path)
     tensors = {}
     for name in dict.fromkeys(weight_map.values()):

@@ -142,6 +142,11 @@ def sparsify_tensors(tensors: Mapping[str, Tensor], dense, config: FlexDiTConfig
     if dense.num_pooling_blocks or dense.num_sdtm:
         raise ValueError("the dense model has pooling blocks or SDTMs, must have dense blocks only")
     _check_same_width(dense, config)
+    return into_layout(tensors, config, report)
+
+
+def into_layout(tensors: Mapping[str, Tensor], config, report: Report) -> dict[str, Tensor]:
+    """Block k of the layout's order takes dense block k; config: any with FlexDiTConfig's layout."""
     blocks = _block_order(config)
     converted, made_of = {}, {}
     for name, tensor in tensors.items():

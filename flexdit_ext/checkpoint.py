@@ -18,17 +18,14 @@ import torch
 from torch import Tensor
 
 from ._adapters import has_adapters
+from ._config_file import CONFIG_NAME, METADATA_KEY, WEIGHTS_NAME, check_readable, find_weights, read_config
 from ._hub import fetch, is_hub_id
-from ._shards import INDEX_SUFFIX, index_text, is_shard, load_shards, parse_size, read_index, shard_names, split
+from ._shards import INDEX_SUFFIX, index_text, is_shard, load_shards, parse_size, shard_names, split
 from .config import FlexDiTConfig
 
 if TYPE_CHECKING:
     from .model import FlexDiT
 
-WEIGHTS_NAME = "model.safetensors"
-INDEX_NAME = "model" + INDEX_SUFFIX
-CONFIG_NAME = "config.json"
-_METADATA_KEY = "config"  # the configuration's JSON in the safetensors header: one file is a whole checkpoint
 _WRAPPER_KEYS = ("ema", "model", "state_dict")  # of training checkpoints, the one for sampling first
 _NAMED_TENSORS = 5  # at most so many per kind in an error message
 
@@ -72,23 +69,23 @@ def write_checkpoint(
     names, index = [weights_name], stem + INDEX_SUFFIX
     if len(parts) > 1:
         names = shard_names(stem, len(parts), set(os.listdir(directory)), secrets.token_hex(4))
-    metadata = {"format": "pt", _METADATA_KEY: config_text}
+    metadata = {"format": "pt", METADATA_KEY: config_text}
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as staging:
         staged = Path(staging)
         (staged / CONFIG_NAME).write_text(config_text, encoding="utf-8")
         if len(parts) > 1:
-            (staged / index).write_text(index_text(parts, names, {_METADATA_KEY: config_text}), encoding="utf-8")
+            (staged / index).write_text(index_text(parts, names, {METADATA_KEY: config_text}), encoding="utf-8")
         for part, name in zip(parts, names, strict=True):
             _write_safetensors(part, staged / name, metadata)
             shutil.copymode(staged / CONFIG_NAME, staged / name)  # safetensors lets nobody else read the file
         for path in sorted(staged.iterdir()):
-            _fsync(path)
+            fsync(path)
         if len(parts) > 1:
             _publish_shards(staged, directory, names, index, weights_name)
         else:
             _publish(staged, directory, weights_name)
         _remove_shards(directory, stem, keep=names if len(parts) > 1 else [])
-    _fsync(directory)
+    fsync(directory)
 
 
 def _write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -98,7 +95,7 @@ def _write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[st
         raise OSError(f"cannot write {path.name} to {path.parent.parent}: {error}") from error
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -186,28 +183,26 @@ def load_pretrained(
     Raises FileNotFoundError, or ValueError naming the file: unreadable, truncated or corrupt files, a configuration
     that is not JSON, has unknown keys or wrong types, and tensors that do not match it (see check_state_dict).
     """
-    device = _one_device(device, device_map)
-    if not os.path.exists(path) and is_hub_id(path):
-        options = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
-        path = fetch(path, **options)
-    weights = find_weights(Path(path))
-    _check_readable(weights)
-    if not weights.name.endswith((".safetensors", INDEX_SUFFIX)):
-        raise ValueError(f"{weights} is not a .safetensors file; `flexdit convert` reads other checkpoints")
+    device = one_device(device, device_map)
+    options = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+    weights = locate(path, **options)
     state_dict = load_state_dict_file(weights)
-    config, source = _read_config(weights)
+    config, source = read_config(weights)
     return build_model(config, state_dict, dtype, device, source=f"{weights} with the configuration in {source}")
 
 
-def find_weights(path: Path, weights_name: str = WEIGHTS_NAME) -> Path:
-    """The file of weights in a directory, or its index; a file is taken as it is."""
-    if not path.is_dir():
-        return path
-    index = path / (weights_name.removesuffix(".safetensors") + INDEX_SUFFIX)
-    return index if index.exists() and not (path / weights_name).exists() else path / weights_name
+def locate(path: str | os.PathLike, **options) -> Path:
+    """The safetensors file or index of a folder, a file, or an id on the Hub, fetched with the options."""
+    if not os.path.exists(path) and is_hub_id(path):
+        path = fetch(path, **options)
+    weights = find_weights(Path(path))
+    check_readable(weights)
+    if not weights.name.endswith((".safetensors", INDEX_SUFFIX)):
+        raise ValueError(f"{weights} is not a .safetensors file; `flexdit convert` reads other checkpoints")
+    return weights
 
 
-def _one_device(device, device_map) -> torch.device | None:
+def one_device(device, device_map) -> torch.device | None:
     if device_map is None:
         return None if device is None else torch.device(device)
     if device is not None:
@@ -221,49 +216,6 @@ def _one_device(device, device_map) -> torch.device | None:
         return torch.device(one)
     except (RuntimeError, TypeError, ValueError):
         raise ValueError(f'device_map is {device_map!r}, must be one device, such as "cuda:0" or "cpu"') from None
-
-
-def _read_config(weights: Path) -> tuple[FlexDiTConfig, str]:
-    """The configuration and where it was found."""
-    sources = [_config_beside, _config_within]
-    usual = weights.name in (WEIGHTS_NAME, INDEX_NAME)
-    for read in sources if usual else reversed(sources):
-        text, source = read(weights)
-        if text is not None:
-            return _parse_config(text, source), source
-    raise FileNotFoundError(f"{weights} has no configuration: neither {CONFIG_NAME} beside it nor one in its metadata")
-
-
-def _config_beside(weights: Path) -> tuple[bytes | None, str]:
-    path = weights.with_name(CONFIG_NAME)
-    try:
-        return path.read_bytes(), str(path)
-    except FileNotFoundError:
-        return None, str(path)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _config_within(weights: Path) -> tuple[str | None, str]:
-    source = f"the metadata of {weights}"
-    if weights.name.endswith(INDEX_SUFFIX):
-        text = read_index(weights)[1].get(_METADATA_KEY)
-        return text if isinstance(text, str) else None, source
-    with safetensors.safe_open(weights, framework="pt") as file:
-        return (file.metadata() or {}).get(_METADATA_KEY), source
-
-
-def _parse_config(text: str | bytes, source: str) -> FlexDiTConfig:
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise ValueError(f"{source} is not JSON: {error}") from error
-    try:
-        if not isinstance(values, dict):
-            raise TypeError(f"a JSON {type(values).__name__}, must be an object")
-        return FlexDiTConfig.from_dict(values)
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise ValueError(f"{source} is not a FlexDiT configuration: {error}") from error
 
 
 def load_state_dict_file(path: str | os.PathLike, key: str | None = None) -> dict[str, Tensor]:
@@ -283,7 +235,7 @@ def load_state_dict_file(path: str | os.PathLike, key: str | None = None) -> dic
 def load_checkpoint_file(path: str | os.PathLike):
     """What a file of load_state_dict_file's kinds holds, before a state dict is selected."""
     path = Path(path)
-    _check_readable(path)
+    check_readable(path)
     try:
         return _read_tensors(path)
     except (MemoryError, FileNotFoundError):
@@ -295,16 +247,6 @@ def load_checkpoint_file(path: str | os.PathLike):
                 "truncated, corrupt, or pickled objects other than tensors (not loaded, they can run code): " + reason
             )
         raise ValueError(f"{path} is not a readable checkpoint: {reason}") from error
-
-
-def _check_readable(path: Path) -> None:
-    try:
-        with open(path, "rb"):
-            pass
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _read_tensors(path: Path):

@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 
 from . import _C, __version__
+from ._arguments import check_dtype
 from .cli_sample import DTYPES, count, default_device, device, sides
 from .config import _PRESETS, FlexDiTConfig
 from .model import FlexDiT
-from .sampler import Sampler, check_dtype, check_size
+from .sampler import Sampler, check_size
 from .schedule import DensitySchedule
 
 DESCRIPTION = """\
@@ -207,17 +208,14 @@ def table(result: dict) -> str:
 
 
 def _cells(row: dict) -> tuple[str, ...]:
-    grids = (
-        ",".join(str(grid[0]) if grid[0] == grid[1] else "x".join(map(str, grid)) for grid in row["schedule"])
-        or "dense"
-    )
+    grids = [str(grid[0]) if grid[0] == grid[1] else "x".join(map(str, grid)) for grid in row["schedule"]]
     times = row["images_ms"]
     return (
         "x".join(map(str, row["size"])),
-        grids,
+        ",".join(grids) or "dense",
         row["dtype"],
         f"{row['step_ms']:.2f}",
-        f"{row['image_ms']:.1f}",
+        f"{row['image_ms']:.2f}",
         f"{1e3 / row['image_ms']:.3g}",
-        f"{min(times):.1f} to {max(times):.1f}",
+        f"{min(times):.2f} to {max(times):.2f}",
     )

@@ -25,7 +25,7 @@ from .model import FlexDiT
 TARGETS = ("flexdit", "dit", "diffusers", "sparsedit")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of DiT's S, B, L and XL
-_LAYOUT_FIELDS = ("num_pooling_blocks", "num_sdtm", "sdtm_blocks", "num_dense_blocks")
+LAYOUT_FIELDS = ("num_pooling_blocks", "num_sdtm", "sdtm_blocks", "num_dense_blocks")
 _DIT_CONSTANTS = {"timestep_shift": 0, "mlp_norm_eps": 1e-6}
 
 
@@ -151,8 +151,8 @@ def _heads(arguments, report: Report) -> int:
 
 
 def _with_layout(model: FlexDiT, layout: str, report: Report) -> FlexDiT:
-    values = _parse_layout(layout)
-    config = dataclasses.replace(model.config, **{name: values[name] for name in _LAYOUT_FIELDS})
+    values = parse_layout(layout)
+    config = dataclasses.replace(model.config, **{name: values[name] for name in LAYOUT_FIELDS})
     for name in ("hidden_size", "num_heads", "patch_size"):
         if name in values and values[name] != getattr(model.config, name):
             raise ValueError(f"--layout {layout} has {name} {values[name]}, the source {getattr(model.config, name)}")
@@ -165,17 +165,17 @@ def _with_layout(model: FlexDiT, layout: str, report: Report) -> FlexDiT:
     return convert.sparsify(model, config, report)
 
 
-def _parse_layout(layout: str) -> dict:
+def parse_layout(layout: str) -> dict:
     """The fields that a preset or "pooling/SDTMs x generation,sparse,recovery,dense/dense" says."""
     match = re.fullmatch(r"(\d+)/(\d+)x(\d+),(\d+),(\d+),(\d+)/(\d+)", layout.replace(" ", ""))
     if match:
         pooling, modules, *blocks, dense = map(int, match.groups())
-        return dict(zip(_LAYOUT_FIELDS, (pooling, modules, tuple(blocks), dense), strict=True))
+        return dict(zip(LAYOUT_FIELDS, (pooling, modules, tuple(blocks), dense), strict=True))
     try:
         preset = FlexDiTConfig.preset(layout)
     except ValueError as error:
         raise ValueError(f'--layout is {layout!r}, must be a preset or such as "2/4x1,3,1,1/2": {error}') from None
-    return {name: getattr(preset, name) for name in (*_LAYOUT_FIELDS, "hidden_size", "num_heads", "patch_size")}
+    return {name: getattr(preset, name) for name in (*LAYOUT_FIELDS, "hidden_size", "num_heads", "patch_size")}
 
 
 def _write(model: FlexDiT, arguments, report: Report) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ._core import CUDA_ARCHITECTURES
-from ._files import all_or_nothing, arrange, png, to_pixels, write_file
+from ._files import all_or_nothing, arrange, check_finite, png, to_pixels, write_file
 from ._vae import PIXEL_CHANNELS, load_decoder
 from .diffusion.samplers import SAMPLERS
 from .model import FlexDiT
@@ -113,6 +113,12 @@ def add_parser(commands) -> None:
         "--size", type=sides, metavar="HxW", help="of the latent, or of the pixels where there is none; default its own"
     )
 
+    add_sampling(parser)
+    add_machine(parser)
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """What sampling_options reads, but for the seed."""
     add = parser.add_argument_group("sampling").add_argument
     add("--sampler", choices=SAMPLERS, default="ddim", help="default %(default)s; flow models: flow, heun")
     add("--steps", type=steps, default=50, help='1 to 1000, default %(default)s; ddim, ddpm also, say, "ddim50"')
@@ -123,6 +129,24 @@ def add_parser(commands) -> None:
     add("--grid", type=sides, metavar="HxW", help="sparse grid of every step, instead of the model's schedule")
     add("--clip-x0", action="store_true", help="clamp the predicted image to [-1, 1] in every step")
 
+
+def sampling_options(arguments: argparse.Namespace) -> dict:
+    """Keyword arguments of Sampler.sample."""
+    names = (
+        "steps",
+        "sampler",
+        "cfg_scale",
+        "seed",
+        "eta",
+        "grid",
+        "guidance_interval",
+        "guidance_channels",
+        "clip_x0",
+    )
+    return {name: getattr(arguments, name) for name in names}
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("machine").add_argument
     add("--device", type=device, help="cpu or cuda[:INDEX], default a GPU where one can be used")
     add("--dtype", choices=DTYPES, help="to compute with, default the checkpoint's")
@@ -155,43 +179,28 @@ def run(arguments: argparse.Namespace) -> int:
 def _sample(sampler: Sampler, wanted: list[int], arguments: argparse.Namespace) -> Tensor:
     latents = sampler.sample(
         wanted,
-        arguments.steps,
-        arguments.sampler,
-        arguments.cfg_scale,
-        arguments.seed,
-        eta=arguments.eta,
+        **sampling_options(arguments),
         size=arguments.size,
-        grid=arguments.grid,
-        guidance_interval=arguments.guidance_interval,
-        guidance_channels=arguments.guidance_channels,
-        clip_x0=arguments.clip_x0,
         batch_size=min(arguments.batch_size, len(wanted)),
         start_index=arguments.start_index,
         progress=not arguments.quiet,
     )
-    _check_finite(latents, arguments)
+    check_finite(latents, arguments.start_index)
     return latents
-
-
-def _check_finite(images: Tensor, arguments: argparse.Namespace, first: int = 0) -> None:
-    bad = (~images.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
-    if bad:
-        index = arguments.start_index + first + bad[0]
-        raise ValueError(f"image {index} is not finite: the model, its dtype or the guidance does not bear this")
 
 
 def _decoder(arguments: argparse.Namespace, model: FlexDiT):
     """What makes images [n, 1 or 3, H, W] in [-1, 1] of latents, or None where they stay latents."""
     if not arguments.vae and model.config.in_channels not in PIXEL_CHANNELS:
         return None
-    _require("PIL", "pillow", "writing PNG files")
+    require("PIL", "pillow", "writing PNG files")
     if not arguments.vae:
         return torch.nn.Identity()
-    _require("diffusers", "diffusers", "--vae")
+    require("diffusers", "diffusers", "--vae")
     return load_decoder(Path(arguments.vae), model.config.in_channels, model.pos_embed.device)
 
 
-def _require(module: str, package: str, purpose: str) -> None:
+def require(module: str, package: str, purpose: str) -> None:
     if importlib.util.find_spec(module) is None:
         raise ImportError(f"{purpose} needs {package}: pip install {package}, or flexdit_ext[cli]")
 
@@ -211,9 +220,9 @@ def _write_images(folder: Path, latents: Tensor, wanted: list[int], decode, argu
     with progress_bar(not arguments.quiet, len(wanted), "writing", "image") as tick:
         for i, label in enumerate(wanted):  # one by one: a decoder needs much more memory than the model
             image = decode(latents[i : i + 1])
-            _check_finite(image, arguments, i)
-            (pixels,) = to_pixels(image)
             index = arguments.start_index + i
+            check_finite(image, index)
+            (pixels,) = to_pixels(image)
             settings = {"label": label, "index": index} | {name: getattr(arguments, name) for name in _SETTINGS}
             write_file(folder / f"{index:05d}_{label}.png", png(pixels, {"flexdit": json.dumps(settings)}))
             if len(shown) < _GRID_IMAGES:

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from . import _C
-from ._arguments import Grid
+from ._checks import Grid
 from .schedule import DensitySchedule
 
 _POSITIVE = ("input_size", "patch_size", "in_channels", "hidden_size", "num_heads", "num_classes")

@@ -24,6 +24,7 @@ from ._convert_diffusers import (
     to_diffusers,
     transformer_folder,
 )
+from ._convert_single import from_latte, from_pixart, to_latte, to_pixart
 from ._report import Report
 from ._sparsify import build, from_dense, resize, sparsify, with_position, with_schedule
 from ._state_dict import (
@@ -47,6 +48,8 @@ __all__ = [
     "flexdit_to_released",
     "from_diffusers",
     "from_dit",
+    "from_latte",
+    "from_pixart",
     "from_sparsedit",
     "read_config",
     "released_to_flexdit",
@@ -55,6 +58,8 @@ __all__ = [
     "sparsify",
     "to_diffusers",
     "to_dit",
+    "to_latte",
+    "to_pixart",
     "to_sparsedit",
 ]
 

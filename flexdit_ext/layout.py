@@ -58,39 +58,42 @@ class TokenLayout:
             sample each row belongs; or the table alone, in which the kernels then search.
         rows: rows that a buffer of these tokens has; more than the table's total only where torch.compile or a GPU
             whose table the host has not seen needs a fixed size. Rows behind the total are zero.
+        positions: no less than the sum of height * width over the samples.
+        max_frames: no less than the frames of any sample, or None: unknown.
     """
 
     def __init__(self, grids: Sequence[Grid], device: torch.device | str = "cpu"):
         device = _checked_device(device)
-        lines, rows, largest = [], 0, 0
+        lines, rows, positions, largest, most = [], 0, 0, 0, 1
         for grid in check_grids("grids", grids):
             frames, height, width = (1, *grid)[-3:]
             lines.append([rows, frames, height, width])
             rows += frames * height * width
-            largest = max(largest, frames * height * width)
+            positions += height * width
+            largest, most = max(largest, frames * height * width), max(most, frames)
         if rows >= 2**31:
             raise ValueError(f"grids hold {rows} tokens in all, at most 2^31 - 1 are allowed")
         table = torch.tensor([*lines, [rows, 0, 0, 0]], dtype=torch.int32, device=device)
-        self._set(table if torch.compiler.is_compiling() else _with_row_map(table, largest), rows)
+        self._set(table if torch.compiler.is_compiling() else _with_row_map(table, largest), rows, positions, most)
 
-    def _set(self, mapped: Tensor, rows: int, table: Tensor | None = None) -> None:
-        self.mapped, self.rows = mapped, rows
+    def _set(self, mapped: Tensor, rows: int, positions: int, max_frames: int | None, table: Tensor | None = None):
+        self.mapped, self.rows, self.positions, self.max_frames = mapped, rows, positions, max_frames
         self.table = table if table is not None else mapped if mapped.dim() == 2 else mapped.select(0, 0)
 
     @classmethod
-    def of(cls, table: Tensor, rows: int) -> TokenLayout:
-        """A layout from its table, with buffers of `rows` rows."""
+    def of(cls, table: Tensor, rows: int, positions: int | None = None, max_frames: int | None = None) -> TokenLayout:
+        """A layout from its table, with buffers of `rows` rows; None: as many positions, unknown frames."""
         check_tensor("table", table)
         if table.dtype != torch.int32:
             raise TypeError(f"table is {table.dtype}, must be torch.int32")
         if table.dim() != 2 or table.shape[0] < 1 or table.shape[1] != 4 or not table.is_contiguous():
             raise ValueError(f"table has shape {tuple(table.shape)}, must be [B + 1, 4] and contiguous")
-        return cls._of(table, rows)
+        return cls._of(table, rows, rows if positions is None else positions, max_frames)
 
     @classmethod
-    def _of(cls, mapped: Tensor, rows: int, table: Tensor | None = None) -> TokenLayout:
+    def _of(cls, mapped: Tensor, *rest) -> TokenLayout:
         layout = cls.__new__(cls)
-        layout._set(mapped, rows, table)
+        layout._set(mapped, *rest)
         return layout
 
     @classmethod
@@ -105,15 +108,28 @@ class TokenLayout:
             real = type(torch.empty(0, device="cpu")) is Tensor  # FakeTensorMode's table must not be kept for others
             make = _uniform_tables if real else _uniform_tables.__wrapped__
             mapped, table = make(batch, (frames, height, width), device)
-            return cls._of(mapped, batch * tokens, table)
+            return cls._of(mapped, batch * tokens, batch * height * width, frames, table)
         offsets = (torch.arange(batch + 1, dtype=torch.int32, device=device) * tokens)[:, None]
         sides = torch.tensor([[frames, height, width]], dtype=torch.int32, device=device).expand(batch, 3)
         sides = torch.cat([sides, torch.zeros(1, 3, dtype=torch.int32, device=device)])
-        return cls.of(torch.cat([offsets, sides], dim=1), batch * tokens)
+        return cls.of(torch.cat([offsets, sides], dim=1), batch * tokens, batch * height * width, frames)
 
     def to(self, device: torch.device | str) -> TokenLayout:
         """The same layout with its table on another device."""
-        return TokenLayout._of(self.mapped.to(_checked_device(device), non_blocking=True), self.rows)
+        mapped = self.mapped.to(_checked_device(device), non_blocking=True)
+        return TokenLayout._of(mapped, self.rows, self.positions, self.max_frames)
+
+    def frames(self) -> TokenLayout:
+        """The same rows with every frame as a sample of its own, for attention within frames. There are max_frames of
+        them for each sample, empty ones behind those it has."""
+        count = int(self.table[:-1, 1].max()) if self.max_frames is None else self.max_frames
+        first, frames, height, width = self.table[:-1, :, None].unbind(1)  # each [B, 1]
+        index = torch.arange(count, dtype=torch.int32, device=self.table.device)
+        offsets = first + torch.minimum(index, frames) * (height * width)
+        sides = torch.stack([torch.ones_like(offsets), height.expand_as(offsets), width.expand_as(offsets)], dim=2)
+        lines = torch.cat([offsets[:, :, None], sides * (index < frames)[:, :, None]], dim=2)
+        table = torch.cat([lines.reshape(-1, 4), self.table[-1:]])
+        return TokenLayout.of(table, self.rows, self.rows, 1)
 
     @property
     def batch(self) -> int:

@@ -16,18 +16,23 @@ from .config import FlexDiTConfig
 from .layout import TokenLayout
 
 
-def sincos_position_embedding(grid: Grid, dim: int) -> Tensor:
+def sincos_position_embedding(grid: Grid, dim: int, base: Grid | None = None, scale: float = 1.0) -> Tensor:
     """The fixed 2-D sin-cos position embedding [h * w, dim], float32: the first half encodes x, the second y, each as
-    sines and cosines of w_i = 10000^(-i / (dim / 4)). Source: DiT (after MAE), arXiv 2212.09748."""
+    sines and cosines of w_i = 10000^(-i / (dim / 4)). Source: DiT (after MAE), arXiv 2212.09748.
+
+    The positions of a grid of another size than `base` are stretched to base's, and all are divided by `scale`, as in
+    PixArt-alpha (arXiv 2310.00426)."""
     height, width = grid[-2:]
+    base_height, base_width = grid[-2:] if base is None else base
     frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
 
-    def encode(positions: Tensor) -> Tensor:
-        angles = positions.to(torch.float64)[:, None] * frequencies
+    def encode(side: int, base_side: int) -> Tensor:
+        positions = torch.arange(side, dtype=torch.float64) / (side / base_side) / scale
+        angles = positions[:, None] * frequencies
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
-    x = encode(torch.arange(width)).repeat(height, 1)
-    y = encode(torch.arange(height)).repeat_interleave(width, 0)
+    x = encode(width, base_width).repeat(height, 1)
+    y = encode(height, base_height).repeat_interleave(width, 0)
     return torch.cat([x, y], dim=1).float()
 
 

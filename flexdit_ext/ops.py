@@ -421,8 +421,11 @@ def select_tokens(t: Tensor, schedule: DensitySchedule) -> TokenLayout:
     sides = [side for grid in schedule.grids for side in (1, *grid)[-3:]]
     mapped = _select_tokens(t, list(schedule.begins), sides, schedule.num_timesteps)
     if t.is_cuda or torch.compiler.is_compiling():
-        return TokenLayout._of(mapped, t.shape[0] * _largest(sides))
-    return TokenLayout._of(mapped, int(mapped[0, -1, 0]))
+        grids = list(zip(sides[::3], sides[1::3], sides[2::3], strict=True))
+        largest, widest = max(f * h * w for f, h, w in grids), max(h * w for _, h, w in grids)
+        return TokenLayout._of(mapped, t.shape[0] * largest, t.shape[0] * widest, max(sides[::3]))
+    rows = int(mapped[0, -1, 0])
+    return TokenLayout._of(mapped, rows, rows, None)
 
 
 # Attention
@@ -430,17 +433,25 @@ def select_tokens(t: Tensor, schedule: DensitySchedule) -> TokenLayout:
 
 @custom_op("flexdit_ext::attention", mutates_args=())
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, num_heads: int, table_q: Tensor, table_k: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    num_heads: int,
+    table_q: Tensor,
+    table_k: Tensor,
+    across_frames: bool,
+    max_positions: int,
 ) -> tuple[Tensor, Tensor]:
     require_device("attention", q=q, k=k, v=v, layout_q=table_q, layout_k=table_k)
     out = empty_rows(q, *q.shape)
     lse = torch.empty(q.shape[0], num_heads, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-    _C.attention(rows(q), rows(k), rows(v), num_heads, table_q, table_k, out, lse, execution(q))
+    how = num_heads, table_q, table_k, across_frames, max_positions
+    _C.attention(rows(q), rows(k), rows(v), *how, out, lse, execution(q))
     return out, lse
 
 
 @_attention.register_fake
-def _(q, k, v, num_heads, table_q, table_k):
+def _(q, k, v, num_heads, table_q, table_k, across_frames, max_positions):
     return q.new_empty(q.shape), q.new_empty(q.shape[0], num_heads, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
@@ -452,41 +463,55 @@ def _attention_backward(
     num_heads: int,
     table_q: Tensor,
     table_k: Tensor,
+    across_frames: bool,
+    max_positions: int,
     out: Tensor,
     lse: Tensor,
     grad: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = [empty_rows(x, *x.shape) for x in (q, k, v)]
-    _C.attention_backward(
-        rows(q), rows(k), rows(v), num_heads, table_q, table_k, out, lse, rows(grad), *grads, execution(q)
-    )
+    how = num_heads, table_q, table_k, across_frames, max_positions
+    _C.attention_backward(rows(q), rows(k), rows(v), *how, out, lse, rows(grad), *grads, execution(q))
     return tuple(grads)
 
 
 @_attention_backward.register_fake
-def _(q, k, v, num_heads, table_q, table_k, out, lse, grad):
+def _(q, k, v, num_heads, table_q, table_k, across_frames, max_positions, out, lse, grad):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
 def _save_attention(ctx, inputs, output):
-    q, k, v, ctx.num_heads, table_q, table_k = inputs
+    q, k, v, ctx.num_heads, table_q, table_k, ctx.across_frames, ctx.max_positions = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(q, k, v, table_q, table_k, *output)
 
 
 def _attention_gradient(ctx, grad, _):
     q, k, v, table_q, table_k, out, lse = ctx.saved_tensors
-    return *_attention_backward(q, k, v, ctx.num_heads, table_q, table_k, out, lse, grad), None, None, None
+    how = ctx.num_heads, table_q, table_k, ctx.across_frames, ctx.max_positions
+    return *_attention_backward(q, k, v, *how, out, lse, grad), None, None, None, None, None
 
 
 _attention.register_autograd(_attention_gradient, setup_context=_save_attention)
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, num_heads: int, layout_q: TokenLayout, layout_k: TokenLayout | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    num_heads: int,
+    layout_q: TokenLayout,
+    layout_k: TokenLayout | None = None,
+    across_frames: bool = False,
 ) -> Tensor:
     """softmax(q k^T / sqrt(d)) v within each sample and head, d = C / num_heads. q [Rq, C]; k, v [Rk, C]; layout_k
-    defaults to layout_q (self-attention). q, k and v may be columns of a wider tensor. Returns [Rq, C]."""
+    defaults to layout_q (self-attention). q, k and v may be columns of a wider tensor. Returns [Rq, C].
+
+    across_frames: self-attention among the tokens at one position of a sample's frames instead, as in Latte
+    (arXiv 2401.03048). Within the frames: layout_q.frames().
+    """
+    if across_frames and layout_k is not None and layout_k is not layout_q:
+        raise ValueError("across_frames is True, then layout_k must be None or layout_q: it is self-attention")
     layout_k = layout_q if layout_k is None else layout_k
     _check_layouts(layout_q=layout_q, layout_k=layout_k)
     width = check_width("attention", "q", q)
@@ -496,4 +521,5 @@ def attention(
     check_count("num_heads", num_heads, 1, width)
     if width % num_heads:
         raise ValueError(f"num_heads is {num_heads}, must divide the {width} columns of q")
-    return _attention(q, k, v, num_heads, layout_q.mapped, layout_k.mapped)[0]
+    how = num_heads, layout_q.mapped, layout_k.mapped, across_frames, layout_q.positions
+    return _attention(q, k, v, *how)[0]

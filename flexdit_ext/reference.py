@@ -123,13 +123,27 @@ def select_tokens(t: Tensor, begins: Sequence[int], segment_grids: Sequence[Grid
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, num_heads: int, grids_q: Sequence[Grid], grids_k: Sequence[Grid]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    num_heads: int,
+    grids_q: Sequence[Grid],
+    grids_k: Sequence[Grid],
+    across_frames: bool = False,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v within every sample, d = C / num_heads, a head's channels contiguous.
+    """softmax(q k^T / sqrt(d)) v within every sample, d = C / num_heads, a head's channels contiguous; with
+    across_frames (then grids_k is grids_q) among the tokens at one position of a sample's frames.
 
     q [Rq, C] by grids_q; k, v [Rk, C] by grids_k. Returns [Rq, C].
     """
     counts_k = token_counts(grids_k)
+    if across_frames:
+        outs = []
+        for rows, grid in zip(zip(*(x.split(counts_k) for x in (q, k, v))), grids_q):
+            positions = math.prod(grid[-2:])
+            by_position = (x.view(-1, positions, x.shape[-1]).transpose(0, 1) for x in rows)  # [h * w, f, C]
+            outs.append(_attention(*by_position, num_heads).transpose(0, 1).flatten(0, 1))
+        return torch.cat(outs)
     samples = zip(q.split(token_counts(grids_q)), k.split(counts_k), v.split(counts_k))
     return torch.cat([_attention(a[None], b[None], c[None], num_heads)[0] for a, b, c in samples])
 

@@ -3,82 +3,135 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Generic, TypeVar, overload
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from . import _C
-from ._adapters import merged_state_dict
-from ._arguments import DTYPES, Grid, check_count, check_grid
-from ._core import execution, require_device
-from .diffusion.samplers import make_sampler
-from .model import FlexDiT
-from .sampling import (
+from . import _C, _sampler_numpy
+from ._checks import Grid, check_count, check_grid
+from ._requests import (
     check_cfg_scale,
+    check_clip_x0,
+    check_eta,
     check_grids,
     check_guidance_channels,
     check_int,
     check_interval,
     check_labels,
+    check_sampler,
     check_seeds,
+    check_step_count,
+    kept_timesteps,
+    last_label,
     progress_bar,
 )
+from .config import FlexDiTConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from .model import FlexDiT
+
+    Array = Tensor | np.ndarray
 
 __all__ = ["QueueFull", "Sampler", "Session"]
 
 QueueFull = _C.QueueFull
+Latents = TypeVar("Latents")  # what a caller gets: Tensor, or numpy.ndarray without torch
 _MODULATION_BYTES = 256 << 20
 _MAX_SIDE = 1 << 14  # of a latent image, as csrc/model/session.cpp has it
 
 
-class Sampler:
+class Sampler(Generic[Latents]):
     """A FlexDiT's weights prepared for sampling; the images are those of flexdit_ext.sample, up to rounding.
 
     Its own copy: adapters of peft merged, modulation layers in one matrix, pooling blocks folded, packed for the CPU's
     products; changes of the model do not reach it. The work runs on the model's device, on a GPU in its current stream
-    and from captured graphs.
+    and from captured graphs. Without torch, from_pretrained and from_arrays make one whose latents are numpy arrays.
 
     Args:
         model: FlexDiT.
         dtype: to compute with; None is the model's. The solver's state is float32 (float64 for float64).
         modulation_bytes: memory for the modulations of steps to come, which are computed together.
 
+    Attributes: config, and of the latents dtype and device (names, where they are numpy's).
+
     Raises TypeError or ValueError naming the argument, RuntimeError where the device refuses.
     """
 
-    def __init__(self, model: FlexDiT, dtype: torch.dtype | None = None, *, modulation_bytes: int = _MODULATION_BYTES):
-        if not isinstance(model, FlexDiT):
-            raise TypeError(f"model is {type(model).__name__}, must be a FlexDiT")
-        if model.segment_adapters is not None:
-            raise ValueError(
-                "model has an adapter for each density segment: flexdit_ext.lora.merge gives one's weights"
+    def __init__(
+        self: Sampler[Tensor],
+        model: FlexDiT,
+        dtype: torch.dtype | None = None,
+        *,
+        modulation_bytes: int = _MODULATION_BYTES,
+    ):
+        module = sys.modules.get(f"{__package__}.model")  # loaded where there is a FlexDiT
+        if module is None or not isinstance(model, module.FlexDiT):
+            raise TypeError(
+                f"model is {type(model).__name__}, must be a FlexDiT; Sampler.from_pretrained takes a checkpoint"
             )
-        self.config = model.config
-        state = merged_state_dict(model)
-        require_device("Sampler", model=state["pos_embed"])
-        self.device = state["pos_embed"].device
-        self.dtype = check_dtype(state["pos_embed"].dtype if dtype is None else dtype, self.device)
+        from . import _sampler_torch
+
+        self._set(model.config, modulation_bytes, *_sampler_torch.prepare(model, dtype))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike,
+        dtype: str | None = None,
+        device: str = "cpu",
+        *,
+        threads: int | None = None,
+        modulation_bytes: int = _MODULATION_BYTES,
+    ) -> Sampler[np.ndarray]:
+        """A sampler of what FlexDiT.save_pretrained wrote, read by the C++ library: torch is not needed, and latents
+        are numpy arrays, float32 (float64 in float64).
+
+        path: the folder, or its model.safetensors; not in shards.
+        dtype: to compute with, "float32", "bfloat16", on the CPU "float64", on a GPU "float16"; None is the file's.
+        device: "cpu", "cuda" or "cuda:1"; there the work runs in the default stream.
+        threads: on the CPU; None is OpenMP's number (OMP_NUM_THREADS).
+
+        Raises FileNotFoundError, ValueError or TypeError naming the file or the argument.
+        """
+        sampler = cls.__new__(cls)
+        sampler._set(*_sampler_numpy.from_pretrained(path, dtype, device, threads, modulation_bytes))
+        return sampler
+
+    @classmethod
+    def from_arrays(
+        cls,
+        config: FlexDiTConfig,
+        arrays: Mapping[str, np.ndarray],
+        device: str = "cpu",
+        *,
+        threads: int | None = None,
+        modulation_bytes: int = _MODULATION_BYTES,
+    ) -> Sampler[np.ndarray]:
+        """The same of numpy arrays by the names of FlexDiT's state_dict, all float32 or all float64."""
+        sampler = cls.__new__(cls)
+        sampler._set(config, modulation_bytes, *_sampler_numpy.from_arrays(config, arrays, device, threads))
+        return sampler
+
+    def _set(self, config: FlexDiTConfig, modulation_bytes: int, core, dtype, device, latents) -> None:
+        self.config, self.dtype, self.device = config, dtype, device
         self._modulation_bytes = check_count("modulation_bytes", modulation_bytes, 1, 2**62)
-        names = [name for name, _, _ in _C.model_parameters(self.config.core)]
-        parameters = [state[name].detach().to(self.dtype).contiguous() for name in names]
-        self._core = _C.SamplingModel(
-            config=self.config.core,
-            schedule=model.schedule._core,
-            parameters=parameters,
-            null_label=self.config.num_classes if self.config.class_dropout_prob > 0 else -1,
-            exec=execution(parameters[0]),
-        )
+        self._core, self._latents = core, latents  # latents: the arrays that sessions give -> what the caller gets
         self._lock, self._session = threading.Lock(), None
 
-    def __copy__(self) -> Sampler:
+    def __copy__(self) -> Sampler[Latents]:
         """Another one on the same prepared weights, which never change."""
         twin = object.__new__(type(self))
         twin.__dict__ = self.__dict__ | {"_lock": threading.Lock(), "_session": None}
         return twin
 
-    def __deepcopy__(self, memo) -> Sampler:
+    def __deepcopy__(self, memo) -> Sampler[Latents]:
         return self.__copy__()
 
     def __reduce_ex__(self, protocol):
@@ -86,10 +139,10 @@ class Sampler:
 
     def sample(
         self,
-        y: Tensor | Sequence[int],
+        y: Array | Sequence[int],
         steps: int | str = 50,
         sampler: str = "ddim",
-        cfg_scale: float | Sequence[float] | Tensor = 1.0,
+        cfg_scale: float | Sequence[float] | Array = 1.0,
         seed: int | Sequence[int] = 0,
         *,
         eta: float = 0.0,
@@ -101,7 +154,7 @@ class Sampler:
         batch_size: int | None = None,
         start_index: int = 0,
         progress: bool = False,
-    ) -> Tensor:
+    ) -> Latents:
         """Latents [B, C, H, W] for the labels y, on the sampler's device, in its dtype. Arguments as
         flexdit_ext.sample, and size as Session.add."""
         labels = check_labels(y, self.config)
@@ -130,12 +183,12 @@ class Sampler:
                 while session.step():
                     tick()
                 tick()
-                return torch.stack([session.take(i) for i in ids])
+                return self._latents(np.stack([session._image(i) for i in ids]))
             except BaseException:  # leave nothing behind for the next call
                 self._session = None
                 raise
 
-    def _kept_session(self, batch_size: int, guidance_channels: int) -> Session:
+    def _kept_session(self, batch_size: int, guidance_channels: int) -> Session[Latents]:
         """The last call's session if it fits, because it has the plans and captured graphs."""
         key = (batch_size, guidance_channels)
         if self._session is None or self._session[0] != key:
@@ -145,7 +198,7 @@ class Sampler:
 
     def session(
         self, max_batch: int = 64, queue_capacity: int = 1024, *, guidance_channels: int | str | None = None
-    ) -> Session:
+    ) -> Session[Latents]:
         """Continuous batching: requests join and leave at any step.
 
         max_batch: requests that advance together; queue_capacity: requests that may wait for a place.
@@ -153,15 +206,17 @@ class Sampler:
         return Session(self, max_batch, queue_capacity, guidance_channels)
 
 
-class Session:
+class Session(Generic[Latents]):
     """Requests that advance together, each with its own label, seed, steps, sampler, guidance, size and grid.
 
     A request's image does not depend on its company. All methods may be called by any thread; of several that call
     step, one waits for the other. Made by Sampler.session.
     """
 
-    def __init__(self, sampler: Sampler, max_batch: int, queue_capacity: int, guidance_channels: int | str | None):
-        self._config, self._dtype, self._device = sampler.config, sampler.dtype, sampler.device
+    def __init__(
+        self, sampler: Sampler[Latents], max_batch: int, queue_capacity: int, guidance_channels: int | str | None
+    ):
+        self._config, self._latents = sampler.config, sampler._latents
         self._core = _C.Session(
             model=sampler._core,
             max_batch=check_count("max_batch", max_batch, 1, 2**31 - 1),
@@ -201,7 +256,7 @@ class Session:
             grid = config.check_sparse_grid("grid", check_grid("grid", grid), _dense_grid(size, config))
         scales = check_cfg_scale(cfg_scale, 1, config)
         return self._add(
-            check_int("label", label, 0, config.num_classes - (0 if config.class_dropout_prob > 0 else 1)),
+            check_int("label", label, 0, last_label(config)),
             check_seeds([check_int("seed", seed, 0, 2**64 - 1)], 0, 1)[0],
             _table(config, sampler, steps, eta, clip_x0),
             1.0 if scales is None else float(scales[0]),
@@ -238,23 +293,29 @@ class Session:
         """ "queued", "active", "finished", "failed", or "unknown": never there, cancelled, or taken."""
         return self._core.state(_check_id(request))
 
-    def take(self, request: int | None = None) -> Tensor | dict[int, Tensor | RuntimeError] | None:
+    @overload
+    def take(self, request: int) -> Latents | None: ...
+    @overload
+    def take(self, request: None = None) -> dict[int, Latents | RuntimeError]: ...
+    def take(self, request=None):
         """The latent [C, H, W] of a finished request, which is then forgotten; None while it is not finished, and
         RuntimeError raised if it failed. Without `request` all that are finished, by id, errors as values."""
         if request is None:
-            return {key: self._result(image, error) for key, image, error in self._core.take_all()}
+            return {
+                key: RuntimeError(error) if image is None else self._latents(image)
+                for key, image, error in self._core.take_all()
+            }
+        image = self._image(request)
+        return None if image is None else self._latents(image)
+
+    def _image(self, request: int) -> np.ndarray | None:
         finished = self._core.take(_check_id(request))
         if finished is None:
             return None
-        result = self._result(*finished[1:])
-        if isinstance(result, RuntimeError):
-            raise result
-        return result
-
-    def _result(self, image, error: str) -> Tensor | RuntimeError:
+        _, image, error = finished
         if image is None:
-            return RuntimeError(error)
-        return torch.from_numpy(image).to(self._device, self._dtype)
+            raise RuntimeError(error)
+        return image
 
     @property
     def active(self) -> int:
@@ -265,16 +326,6 @@ class Session:
     def queued(self) -> int:
         """Requests that wait."""
         return self._core.queued
-
-
-def check_dtype(dtype, device: torch.device) -> torch.dtype:
-    known = DTYPES[device.type]
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype is {dtype!r}, must be a torch.dtype or None")
-    if dtype not in known:
-        names = ", ".join(str(one).removeprefix("torch.") for one in known)
-        raise TypeError(f"dtype is {dtype}, must be one of {names} on {device.type}")
-    return dtype
 
 
 def _check_id(request) -> int:
@@ -301,19 +352,10 @@ def _named_grids(grids) -> list[tuple[str, Grid]]:
     return [(f"grid[{i}]", one) for i, one in enumerate(grids)] if isinstance(grids, list) else [("grid", grids)]
 
 
-def _table(config, sampler: str, steps: int | str, eta: float, clip_x0: bool) -> list:
-    """The sampler's numbers as the C++ library takes them."""
-    learned = config.out_channels == 2 * config.in_channels
-    return [
-        _C.SamplerStep(
-            timestep=float(step.timestep),
-            x0_from_x=step.x0_from_x,
-            x0_from_output=step.x0_from_output,
-            x_coef=step.x_coef,
-            x0_coef=step.x0_coef,
-            x0_previous_coef=step.x0_previous_coef,
-            noise_coef=step.noise_coef,
-            log_variances=step.log_variances if learned else None,
-        )
-        for step in make_sampler(sampler, steps, eta, clip_x0).steps
-    ]
+def _table(config: FlexDiTConfig, sampler: str, steps: int | str, eta: float, clip_x0: bool) -> list:
+    """The sampler's numbers, the C++ library's own, so that a C++ program's image is the same to the bit."""
+    check_sampler(sampler, eta)
+    check_clip_x0(clip_x0)
+    eta = check_eta(eta) if sampler == "ddim" else 0.0
+    kept = kept_timesteps(steps) if sampler in ("ddim", "ddpm") else check_step_count(steps)
+    return _C.sampler_steps(sampler, kept, eta, config.out_channels == 2 * config.in_channels)

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import operator
-import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from . import _C
-from ._arguments import check_number, from_array
+from ._requests import (
+    check_cfg_scale,
+    check_grids,
+    check_guidance_channels,
+    check_int,
+    check_interval,
+    check_labels,
+    check_seeds,
+    derive_seed,
+    progress_bar,
+)
 from .diffusion.ddpm import split_output
 from .diffusion.samplers import Sampler, make_sampler
 
 __all__ = ["derive_seed", "normal_noise", "sample"]
 
 _CONFIG_FIELDS = ("input_size", "in_channels", "num_classes", "class_dropout_prob")
-
-
-def derive_seed(seed: int, index: int) -> int:
-    """The seed, in [0, 2**64), of sample `index` of a run: distinct for distinct indices."""
-    return _C.derive_seed(seed, index)
 
 
 def normal_noise(seeds: Sequence[int], draw: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -85,7 +87,7 @@ def sample(
     Raises TypeError or ValueError, naming the argument, what it was and what is allowed, before anything is computed.
     """
     config = _check_config(model)
-    labels = check_labels(y, config)
+    labels = torch.from_numpy(check_labels(y, config))
     total = len(labels)
     walker = make_sampler(sampler, steps, eta, clip_x0)
     scales = check_cfg_scale(cfg_scale, total, config)
@@ -105,7 +107,7 @@ def sample(
             denoiser = _Denoiser(
                 model,
                 labels[part].to(device),
-                None if scales is None else scales[part].to(device),
+                None if scales is None else torch.from_numpy(scales[part]).to(device),
                 interval,
                 channels,
                 grids[part] if isinstance(grids, list) else grids,
@@ -174,24 +176,6 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-@contextlib.contextmanager
-def progress_bar(progress: bool, total: int, what: str = "sampling", unit: str = "step") -> Iterator:
-    """Yields what to call after each step."""
-    bar = None
-    if progress:
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            warnings.warn("progress: tqdm is not installed, so there is no progress bar", stacklevel=3)
-        else:
-            bar = tqdm(total=total, desc=what, unit=unit)
-    try:
-        yield (lambda: None) if bar is None else bar.update
-    finally:
-        if bar is not None:
-            bar.close()
-
-
 def _dtype_and_device(model: nn.Module) -> tuple[torch.dtype, torch.device]:
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -208,119 +192,3 @@ def _check_config(model):
             + (f" without {', '.join(missing)}" if missing else "")
         )
     return config
-
-
-def check_int(name: str, value, low: int, high: int | None = None) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        value = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} = {value!r}: must be an int") from None
-    if value < low or (high is not None and value > high):
-        raise ValueError(
-            f"{name} = {value}: must be at least {low}" + (f", at most {high}" if high is not None else "")
-        )
-    return value
-
-
-def _from_array(name: str, value):
-    try:
-        return from_array(value)
-    except (TypeError, ValueError, RuntimeError, BufferError) as error:
-        raise TypeError(f"{name}: an array of {type(value).__name__} that torch cannot take: {error}") from None
-
-
-def check_labels(y, config) -> Tensor:
-    y = _from_array("y", y)
-    if not isinstance(y, Tensor):
-        if isinstance(y, (str, bytes)) or not hasattr(y, "__len__"):
-            raise TypeError(f"y: must be an int64 tensor [B] or a list of ints, got {type(y).__name__}")
-        try:
-            y = torch.as_tensor(y) if len(y) else torch.empty(0, dtype=torch.int64)
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(f"y = {y!r}: must be an int64 tensor [B] or a list of ints") from None
-    if y.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"y: must be int64, got {y.dtype}")
-    if y.ndim != 1 or len(y) == 0:
-        raise ValueError(f"y: must be one-dimensional with at least one label, got shape {tuple(y.shape)}")
-    last = config.num_classes - (0 if config.class_dropout_prob > 0 else 1)
-    if y.min() < 0 or y.max() > last:
-        raise ValueError(f"y: labels must be in 0..{last}, got {y.min().item()}..{y.max().item()}")
-    return y.to(torch.int64)
-
-
-def check_cfg_scale(cfg_scale, total: int, config) -> Tensor | None:
-    """None without guidance, else float64 [B] on the CPU."""
-    try:
-        scales = torch.as_tensor(_from_array("cfg_scale", cfg_scale)).detach().cpu()
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"cfg_scale = {cfg_scale!r}: must be a float or one float per sample") from None
-    if scales.dtype == torch.bool or scales.is_complex():
-        raise TypeError(f"cfg_scale = {cfg_scale!r}: must be a float or one float per sample")
-    if scales.ndim > 0 and scales.shape != (total,):
-        raise ValueError(f"cfg_scale: must be a float or one per sample ({total}), got shape {tuple(scales.shape)}")
-    scales = scales.to(torch.float64).expand(total)
-    bad = [s for s in scales.tolist() if not (s >= 0 and math.isfinite(s))]
-    if bad:
-        raise ValueError(f"cfg_scale = {bad[0]}: must be finite and at least 0")
-    if bool((scales == 1).all()):
-        return None
-    if not config.class_dropout_prob > 0:
-        raise ValueError(
-            f"cfg_scale = {cfg_scale!r}: guidance needs a null class, and this model has none "
-            f"(class_dropout_prob = {config.class_dropout_prob}); only 1.0 is allowed"
-        )
-    return scales
-
-
-def check_interval(guidance_interval) -> tuple[float, float]:
-    if guidance_interval is None:
-        return (0.0, math.inf)
-    if not isinstance(guidance_interval, (tuple, list)) or len(guidance_interval) != 2:
-        raise TypeError(f"guidance_interval = {guidance_interval!r}: must be (first, last) timestep or None")
-    first, last = (check_number(f"guidance_interval[{i}]", value) for i, value in enumerate(guidance_interval))
-    if not first <= last:
-        raise ValueError(f"guidance_interval = {guidance_interval!r}: the first must be at most the last")
-    return first, last
-
-
-def check_guidance_channels(guidance_channels, config) -> int:
-    if guidance_channels is None:
-        return min(3, config.in_channels)
-    if isinstance(guidance_channels, str):
-        if guidance_channels != "all":
-            raise ValueError(
-                f"guidance_channels = {guidance_channels!r}: must be None, 'all' or 1..{config.in_channels}"
-            )
-        return config.in_channels
-    return check_int("guidance_channels", guidance_channels, 1, config.in_channels)
-
-
-def check_seeds(seed, start_index: int, total: int) -> list[int]:
-    seed = _from_array("seed", seed)
-    if isinstance(seed, Tensor):
-        seed = seed.tolist()
-    if isinstance(seed, (list, tuple)):
-        if len(seed) != total:
-            raise ValueError(f"seed: a list must have one seed per sample ({total}), got {len(seed)}")
-        return [derive_seed(check_int(f"seed[{i}]", s, 0, 2**64 - 1), 0) for i, s in enumerate(seed)]
-    seed = check_int("seed", seed, 0, 2**64 - 1)
-    return [derive_seed(seed, start_index + i) for i in range(total)]
-
-
-def check_grids(grid, total: int):
-    """None, one tuple for all samples, or a list of one tuple per sample."""
-
-    def one(value, name: str) -> tuple[int, ...]:
-        if not isinstance(value, (tuple, list)) or len(value) not in (2, 3):
-            raise TypeError(f"{name} = {value!r}: must be (h, w) or (f, h, w)")
-        return tuple(check_int(f"{name}[{axis}]", side, 1) for axis, side in enumerate(value))
-
-    if grid is None:
-        return None
-    if isinstance(grid, list) and grid and isinstance(grid[0], (tuple, list)):
-        if len(grid) != total:
-            raise ValueError(f"grid: a list must have one grid per sample ({total}), got {len(grid)}")
-        return [one(value, f"grid[{i}]") for i, value in enumerate(grid)]
-    return one(grid, "grid")

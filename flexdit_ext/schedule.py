@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 from . import _C
-from ._arguments import Grid, check_count, check_grid, check_grids, check_number
+from ._checks import Grid, check_count, check_grid, check_grids, check_number
 
 MAX_TIMESTEPS = 10**6
 

@@ -29,3 +29,12 @@ def saved(tmp_path):
     model = tiny_model()
     model.save_pretrained(tmp_path / "saved")
     return model, tmp_path / "saved"
+
+
+@pytest.fixture
+def one_thread():
+    """For work so small that the threads of a busy machine cost more than they bring."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

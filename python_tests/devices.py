@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import flexdit_ext
-from flexdit_ext import _arguments
+from flexdit_ext import _arguments, _sampler_torch
 from flexdit_ext._core import CUDA_ARCHITECTURES
 
 # `make pytest` builds the emulated module and says where; a bare pytest finds it there if it has been built before.
@@ -57,7 +57,9 @@ def use_device(name: str, monkeypatch) -> torch.device:
         core = emulated_core()
         if core is None:
             pytest.skip("the emulated module is not built: make pytest builds it")
-        for module in (flexdit_ext.ops, flexdit_ext._block_ops, flexdit_ext.sampler):
+        for module in (flexdit_ext.sampler, flexdit_ext._sampler_numpy):
+            monkeypatch.setattr(module, "_C", core)
+        for module in (flexdit_ext.ops, flexdit_ext._block_ops, flexdit_ext._single_ops, _sampler_torch):
             monkeypatch.setattr(module, "_C", core)
             monkeypatch.setattr(module, "execution", lambda like: core.Execution(device_index=0, stream=0))
         monkeypatch.setattr(flexdit_ext.config, "_C", core)  # of FlexDiTConfig.core

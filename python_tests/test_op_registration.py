@@ -7,7 +7,7 @@ from helpers import randn, random_model
 from op_cases import CASES, OPS, Case, evaluate, make_tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flexdit_ext import DensitySchedule, _block_ops, ops
+from flexdit_ext import DensitySchedule, FlexLatte, FlexLatteConfig, _block_ops, ops
 
 each_op = pytest.mark.parametrize("key", OPS)
 
@@ -57,7 +57,7 @@ REGISTERED = sorted(name for name in torch._C._dispatch_get_all_op_names() if na
 CALLS = [
     name.removeprefix("flexdit_ext::") + kind
     for name in REGISTERED
-    for kind in ("0123" if name in ("flexdit_ext::block", "flexdit_ext::block_backward") else ("",))
+    for kind in ("0123" if name.removesuffix("_backward").endswith("block") else ("",))
 ]
 
 
@@ -75,6 +75,10 @@ def calls(request):
         t, y = torch.tensor([3, 700], device=device), torch.tensor([1, 2], device=device)
         model(x, t, y).sum().backward()
         model.forward_with_cfg(x, t, y, 2.0)
+        sizes = {"input_size": 4, "hidden_size": 16, "num_heads": 2, "num_pooling_blocks": 1, "num_sdtm": 1}
+        config = FlexLatteConfig(**sizes, num_frames=2, caption_channels=3, schedule=DensitySchedule([(1, 2, 1)]))
+        clips = FlexLatte(config, device=device)
+        clips(torch.stack([x, x], dim=2), t, caption=randn(2, 3, 3, dtype=torch.float32).to(device)).sum().backward()
     return recorder.calls
 
 

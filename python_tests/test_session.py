@@ -14,7 +14,7 @@ import torch
 from devices import CUDA, short
 from helpers import flexdit_config, random_model, reference_of, relative_error
 from hypothesis import strategies as st
-from test_sampler import ScheduledReference, rounded_features
+from test_sampler import ScheduledReference, same_features  # noqa: F401, a fixture
 
 from flexdit_ext import _C, DensitySchedule, FlexDiT, QueueFull, Sampler, _block_ops, reference, sample
 
@@ -196,9 +196,9 @@ def test_thirty_three_compositions_and_back():
 
 @pytest.mark.parametrize("reinject", [False, True])
 @pytest.mark.parametrize("side", [2, 8, 20])
-def test_other_sizes_are_a_model_of_that_size(side, reinject, monkeypatch):
+@pytest.mark.usefixtures("same_features")
+def test_other_sizes_are_a_model_of_that_size(side, reinject):
     """The same weights with that size's position embedding, and the schedule's grids in proportion."""
-    monkeypatch.setattr(_block_ops, "timestep_features", rounded_features)
     small = random_model(torch.float64, num_sdtm=1, schedule=SCHEDULE, reinject_position=reinject)
     grids = [(round_half_up(s * side, 12),) * 2 for s in (4, 3, 2)]
     overrides = {"input_size": side, "schedule": DensitySchedule(grids), "reinject_position": reinject}
@@ -224,7 +224,9 @@ def test_oblong_sizes_are_the_references(size, monkeypatch):
     twin = reference.FlexDiT(config).double().eval()
     state = {name: tensor for name, tensor in reference_of(small).state_dict().items() if name != "pos_embed"}
     assert twin.load_state_dict(state, strict=False).missing_keys == ["pos_embed"]
-    monkeypatch.setattr(reference, "timestep_frequencies", lambda t, shift: rounded_features(t, torch.float64, shift))
+    monkeypatch.setattr(
+        reference, "timestep_frequencies", lambda t, shift: _block_ops.library_features(t, torch.float64, shift)
+    )
     scheduled = ScheduledReference(small)
     scheduled.reference, scheduled.config = twin, config
     scheduled.schedule = DensitySchedule([tuple(round_half_up(s * n, 6) for n in dense) for s in (4, 3, 2)])

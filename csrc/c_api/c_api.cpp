@@ -1,16 +1,10 @@
-// No exception leaves this file: each becomes a status and a message of its thread.
-#include "flexdit/c_api.h"
-
+// Errors and checkpoints of the C interface.
 #include <cstdio>
-#include <new>
 
-#include "flexdit/checkpoint.h"
+#include "c_api/internal.h"
 
 using namespace flexdit;
-
-struct flexdit_checkpoint {
-  Checkpoint value;
-};
+using namespace flexdit::c_api;
 
 namespace {
 
@@ -20,38 +14,6 @@ static_assert(static_cast<int>(DType::float32) == FLEXDIT_FLOAT32 &&
               static_cast<int>(DType::float64) == FLEXDIT_FLOAT64);
 
 thread_local char last_error[2048] = "";  // of a fixed size: telling a failure must not fail
-
-flexdit_status fail(flexdit_status status, const char* message) {
-  std::snprintf(last_error, sizeof last_error, "%s", message);
-  return status;
-}
-
-template <class Body>
-flexdit_status guarded(Body&& body) noexcept {
-  try {
-    body();
-    return FLEXDIT_OK;
-  } catch (const ArgumentError& error) {
-    return fail(FLEXDIT_INVALID_ARGUMENT, error.what());
-  } catch (const CheckpointError& error) {
-    return fail(FLEXDIT_CHECKPOINT_ERROR, error.what());
-  } catch (const DeviceError& error) {
-    return fail(FLEXDIT_DEVICE_ERROR, error.what());
-  } catch (const std::bad_alloc&) {
-    return fail(FLEXDIT_OUT_OF_MEMORY, "not enough memory");
-  } catch (const std::exception& error) {
-    return fail(FLEXDIT_INTERNAL_ERROR, error.what());
-  } catch (...) {
-    return fail(FLEXDIT_INTERNAL_ERROR, "an exception of unknown type");
-  }
-}
-
-void require(bool holds, const std::string& message) {
-  if (!holds) throw ArgumentError(message);
-}
-void require_pointer(const void* pointer, const char* name) {
-  require(pointer != nullptr, std::string(name) + " is NULL, must point to something");
-}
 
 std::optional<DType> dtype_from(flexdit_dtype dtype) {
   require(dtype >= FLEXDIT_KEEP_DTYPE && dtype <= FLEXDIT_FLOAT64,
@@ -79,14 +41,21 @@ int64_t property_of(const Checkpoint& c, flexdit_property property) {
       return c.schedule.num_timesteps();
     case FLEXDIT_DTYPE:
       return static_cast<int64_t>(c.dtype);
+    case FLEXDIT_PATCH_SIZE:
+      return c.config.patch_size;
     case FLEXDIT_NUM_PARAMETERS:
       for (const Matrix& m : c.parameters) count += m.rows * m.cols;
       return count;
   }
-  throw ArgumentError("property is " + std::to_string(property) + ", must be one of flexdit_property, 0 to 8");
+  throw ArgumentError("property is " + std::to_string(property) + ", must be one of flexdit_property, 0 to 9");
 }
 
 }  // namespace
+
+flexdit_status flexdit::c_api::fail(flexdit_status status, const char* message) {
+  std::snprintf(last_error, sizeof last_error, "%s", message);
+  return status;
+}
 
 const char* flexdit_version(void) { return FLEXDIT_VERSION; }
 

@@ -1,5 +1,7 @@
 // Attention within samples, an online softmax over blocks of keys; backward recomputes the probabilities.
-// A task is one head of one sample (forward: and a stretch of its queries), so no two threads write the same row.
+// A task is one head of one sequence (forward: and a stretch of its queries), so no two threads write the same row.
+#include <algorithm>
+
 #include "cpu/kernels.h"
 #include "cpu/scratch.h"
 #include "cpu/tile_gemm.h"
@@ -13,13 +15,45 @@ constexpr int64_t kQueryStretch = 240;  // queries of a forward task
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// One head of one sample: rows [begin, begin + count) and columns [column, column + d) of a matrix.
+// Packed rows that attend to one another: a sample's, or those of one position in its frames.
+struct Rows {
+  int64_t begin, count, step = 1;
+  int64_t operator[](int64_t i) const { return begin + i * step; }
+};
+
+// One head of them: columns [column, column + d) of a matrix.
 template <class T>
 struct Head {
   const Matrix& matrix;
-  int64_t begin, count, column;
-  T* operator[](int64_t i) const { return row<T>(matrix, begin + i) + column; }
+  Rows rows;
+  int64_t column;
+  T* operator[](int64_t i) const { return row<T>(matrix, rows[i]) + column; }
 };
+
+// How many of them a sample has, and which.
+int64_t sequences(const Attention& p, int64_t b) {
+  const Grid& grid = p.layout_q.grid(b);
+  return p.across_frames ? int64_t{grid.height} * grid.width : 1;
+}
+Rows sequence(const TokenLayout& layout, bool across_frames, int64_t b, int64_t i) {
+  const int64_t begin = layout.offset(b);
+  if (!across_frames) return {begin, layout.offset(b + 1) - begin};
+  const Grid& grid = layout.grid(b);
+  return {begin + i, grid.frames, int64_t{grid.height} * grid.width};
+}
+
+// Calls body(sample, sequence, head, share) for every head of all of them, and each share of its work.
+template <class Body>
+void for_heads(const Attention& p, int threads, int64_t shares, const Body& body) {
+  int64_t most = 0;
+  for (int64_t b = 0; b < p.layout_q.batch; ++b) most = std::max(most, sequences(p, b));
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t task = 0; task < p.layout_q.batch * most * p.num_heads * shares; ++task) {
+    const int64_t share = task % shares, h = task / shares % p.num_heads, i = task / (shares * p.num_heads) % most,
+                  b = task / (shares * p.num_heads * most);
+    if (i < sequences(p, b)) body(b, i, h, share);
+  }
+}
 
 // out[i][c] = factor * head[first + i][c], rows of ld values, the padding behind column d set to zero.
 template <class T, class A = Acc<T>>
@@ -72,7 +106,7 @@ template <class T>
 void forward_task(const Attention& p, const Head<T>& q, const Head<T>& k, const Head<T>& v, int64_t d, int64_t first,
                   int64_t last, int64_t head_index) {
   using A = Acc<T>;
-  const int64_t dp = round_up(d, kLanes<A>), keys = smaller(k.count, kKeyBlock), ld = round_up(keys, kLanes<A>);
+  const int64_t dp = round_up(d, kLanes<A>), keys = smaller(k.rows.count, kKeyBlock), ld = round_up(keys, kLanes<A>);
   Scratch& scratch = thread_scratch();
   scratch.reset<A>(d * ld + keys * dp + kQueryBlock * (d + ld + dp + 2), 7);
   A *kt = scratch.take<A>(d * ld), *vb = scratch.take<A>(keys * dp), *qb = scratch.take<A>(kQueryBlock * d),
@@ -84,8 +118,8 @@ void forward_task(const Attention& p, const Head<T>& q, const Head<T>& k, const 
     unpack<T>(q, i0, rows, d, 1 / std::sqrt(A(d)), qb, d);
     for (int64_t i = 0; i < rows; ++i) maximum[i] = A(-1e30), sum[i] = 0;
     for (int64_t i = 0; i < rows * dp; ++i) o[i] = 0;
-    for (int64_t j0 = 0; j0 < k.count; j0 += kKeyBlock) {
-      const int64_t count = smaller(kKeyBlock, k.count - j0);
+    for (int64_t j0 = 0; j0 < k.rows.count; j0 += kKeyBlock) {
+      const int64_t count = smaller(kKeyBlock, k.rows.count - j0);
       if (packed != j0) {
         unpack_transposed<T>(k, j0, count, d, kt, ld);
         unpack<T>(v, j0, count, d, A(1), vb, dp);
@@ -107,10 +141,10 @@ void forward_task(const Attention& p, const Head<T>& q, const Head<T>& k, const 
                    .accumulate = true});
     }
     for (int64_t i = 0; i < rows; ++i) {
-      T* out = row<T>(p.out, q.begin + i0 + i) + q.column;
+      T* out = row<T>(p.out, q.rows[i0 + i]) + q.column;
       const A inverse = 1 / sum[i];
       for (int64_t c = 0; c < d; ++c) store(out, c, o[i * dp + c] * inverse);
-      if (p.lse) row<A>(p.lse, q.begin + i0 + i)[head_index] = maximum[i] + std::log(sum[i]);
+      if (p.lse) row<A>(p.lse, q.rows[i0 + i])[head_index] = maximum[i] + std::log(sum[i]);
     }
   }
 }
@@ -120,31 +154,30 @@ template <class T>
 void backward_task(const AttentionBackward& p, const Head<T>& q, const Head<T>& k, const Head<T>& v, int64_t d,
                    int64_t head_index) {
   using A = Acc<T>;
-  const int64_t dp = round_up(d, kLanes<A>), keys = smaller(k.count, kKeyBlock), ld = round_up(keys, kLanes<A>);
+  const int64_t dp = round_up(d, kLanes<A>), keys = smaller(k.rows.count, kKeyBlock), ld = round_up(keys, kLanes<A>);
   const A scale = 1 / std::sqrt(A(d));
-  const Head<T> out{p.out, q.begin, q.count, q.column}, grad_out{p.grad_out, q.begin, q.count, q.column},
-      grad_q{p.grad_q, q.begin, q.count, q.column}, grad_k{p.grad_k, k.begin, k.count, k.column},
-      grad_v{p.grad_v, k.begin, k.count, k.column};
+  const Head<T> out{p.out, q.rows, q.column}, grad_out{p.grad_out, q.rows, q.column},
+      grad_q{p.grad_q, q.rows, q.column}, grad_k{p.grad_k, k.rows, k.column}, grad_v{p.grad_v, k.rows, k.column};
   Scratch& scratch = thread_scratch();
-  scratch.reset<A>(2 * d * ld + 3 * keys * dp + kQueryBlock * (2 * dp + 2 * ld) + q.count * (dp + 1), 11);
+  scratch.reset<A>(2 * d * ld + 3 * keys * dp + kQueryBlock * (2 * dp + 2 * ld) + q.rows.count * (dp + 1), 11);
   A *kt = scratch.take<A>(d * ld), *vt = scratch.take<A>(d * ld), *kb = scratch.take<A>(keys * dp),
     *dk = scratch.take<A>(keys * dp), *dv = scratch.take<A>(keys * dp), *qb = scratch.take<A>(kQueryBlock * dp),
     *dob = scratch.take<A>(kQueryBlock * dp), *s = scratch.take<A>(kQueryBlock * ld),
-    *ds = scratch.take<A>(kQueryBlock * ld), *dq = scratch.take<A>(q.count * dp), *delta = scratch.take<A>(q.count);
-  for (int64_t i = 0; i < q.count * dp; ++i) dq[i] = 0;
-  for (int64_t i = 0; i < q.count; ++i) {
+    *ds = scratch.take<A>(kQueryBlock * ld), *dq = scratch.take<A>(q.rows.count * dp), *delta = scratch.take<A>(q.rows.count);
+  for (int64_t i = 0; i < q.rows.count * dp; ++i) dq[i] = 0;
+  for (int64_t i = 0; i < q.rows.count; ++i) {
     A dot = 0;
     for (int64_t c = 0; c < d; ++c) dot += load(out[i], c) * load(grad_out[i], c);
     delta[i] = dot;
   }
-  for (int64_t j0 = 0; j0 < k.count; j0 += kKeyBlock) {
-    const int64_t count = smaller(kKeyBlock, k.count - j0);
+  for (int64_t j0 = 0; j0 < k.rows.count; j0 += kKeyBlock) {
+    const int64_t count = smaller(kKeyBlock, k.rows.count - j0);
     unpack_transposed<T>(k, j0, count, d, kt, ld);
     unpack_transposed<T>(v, j0, count, d, vt, ld);
     unpack<T>(k, j0, count, d, A(1), kb, dp);
     for (int64_t i = 0; i < count * dp; ++i) dk[i] = dv[i] = 0;
-    for (int64_t i0 = 0; i0 < q.count; i0 += kQueryBlock) {
-      const int64_t rows = smaller(kQueryBlock, q.count - i0);
+    for (int64_t i0 = 0; i0 < q.rows.count; i0 += kQueryBlock) {
+      const int64_t rows = smaller(kQueryBlock, q.rows.count - i0);
       unpack<T>(q, i0, rows, d, scale, qb, dp);
       unpack<T>(grad_out, i0, rows, d, A(1), dob, dp);
       multiply<A>(
@@ -152,7 +185,7 @@ void backward_task(const AttentionBackward& p, const Head<T>& q, const Head<T>& 
       multiply<A>(
           {.m = rows, .n = count, .k = d, .a = dob, .a_row = dp, .a_k = 1, .b = vt, .ldb = ld, .c = ds, .ldc = ld});
       for (int64_t i = 0; i < rows; ++i) {
-        const A lse = row<A>(p.lse, q.begin + i0 + i)[head_index], offset = delta[i0 + i];
+        const A lse = row<A>(p.lse, q.rows[i0 + i])[head_index], offset = delta[i0 + i];
         A *si = s + i * ld, *dsi = ds + i * ld;
 #pragma omp simd
         for (int64_t j = 0; j < count; ++j) {
@@ -200,7 +233,7 @@ void backward_task(const AttentionBackward& p, const Head<T>& q, const Head<T>& 
         store(grad_v[j0 + i], c, dv[i * dp + c]);
       }
   }
-  for (int64_t i = 0; i < q.count; ++i)
+  for (int64_t i = 0; i < q.rows.count; ++i)
     for (int64_t c = 0; c < d; ++c) store(grad_q[i], c, scale * dq[i * dp + c]);
 }
 
@@ -211,20 +244,14 @@ void attention(const Attention& p, int threads) {
     using T = decltype(tag);
     const int64_t d = p.q.cols / p.num_heads;
     int64_t stretches = 1;
-    for (int64_t b = 0; b < p.layout_q.batch; ++b) {
-      const int64_t n = p.layout_q.offset(b + 1) - p.layout_q.offset(b);
-      stretches = n > stretches * kQueryStretch ? (n + kQueryStretch - 1) / kQueryStretch : stretches;
-    }
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (int64_t task = 0; task < p.layout_q.batch * p.num_heads * stretches; ++task) {
-      const int64_t b = task / (p.num_heads * stretches), h = task / stretches % p.num_heads;
-      const int64_t begin_q = p.layout_q.offset(b), count_q = p.layout_q.offset(b + 1) - begin_q;
-      const int64_t begin_k = p.layout_k.offset(b), count_k = p.layout_k.offset(b + 1) - begin_k;
-      const int64_t first = task % stretches * kQueryStretch, last = smaller(first + kQueryStretch, count_q);
+    for (int64_t b = 0; b < p.layout_q.batch; ++b)
+      stretches = std::max(stretches, (sequence(p.layout_q, p.across_frames, b, 0).count - 1) / kQueryStretch + 1);
+    for_heads(p, threads, stretches, [&](int64_t b, int64_t i, int64_t h, int64_t stretch) {
+      const Rows q = sequence(p.layout_q, p.across_frames, b, i), k = sequence(p.layout_k, p.across_frames, b, i);
+      const int64_t first = stretch * kQueryStretch, last = smaller(first + kQueryStretch, q.count);
       if (first < last)
-        forward_task<T>(p, {p.q, begin_q, count_q, h * d}, {p.k, begin_k, count_k, h * d},
-                        {p.v, begin_k, count_k, h * d}, d, first, last, h);
-    }
+        forward_task<T>(p, {p.q, q, h * d}, {p.k, k, h * d}, {p.v, k, h * d}, d, first, last, h);
+    });
   });
 }
 
@@ -232,14 +259,10 @@ void attention_backward(const AttentionBackward& p, int threads) {
   with_type(p.q.dtype, [&](auto tag) {
     using T = decltype(tag);
     const int64_t d = p.q.cols / p.num_heads;
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (int64_t task = 0; task < p.layout_q.batch * p.num_heads; ++task) {
-      const int64_t b = task / p.num_heads, h = task % p.num_heads;
-      const int64_t begin_q = p.layout_q.offset(b), count_q = p.layout_q.offset(b + 1) - begin_q;
-      const int64_t begin_k = p.layout_k.offset(b), count_k = p.layout_k.offset(b + 1) - begin_k;
-      backward_task<T>(p, {p.q, begin_q, count_q, h * d}, {p.k, begin_k, count_k, h * d},
-                       {p.v, begin_k, count_k, h * d}, d, h);
-    }
+    for_heads(p, threads, 1, [&](int64_t b, int64_t i, int64_t h, int64_t) {
+      const Rows q = sequence(p.layout_q, p.across_frames, b, i), k = sequence(p.layout_k, p.across_frames, b, i);
+      backward_task<T>(p, {p.q, q, h * d}, {p.k, k, h * d}, {p.v, k, h * d}, d, h);
+    });
   });
 }
 

@@ -147,10 +147,15 @@ void gated_residual(const GatedResidual& p, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t b = p.layout.sample_of(r);
-      const T *x = row<T>(p.x, r), *y = row<T>(p.y, p.y_per_sample ? b : r), *gate = row<T>(p.gate, b);
+      const T *x = row<T>(p.x, r), *y = row<T>(p.y, p.y_per_sample ? b : r), *gate = p.gate ? row<T>(p.gate, b) : nullptr;
       T* out = row<T>(p.out, r);
+      if (gate) {
 #pragma omp simd
-      for (int64_t i = 0; i < c; ++i) store(out, i, load(x, i) + load(gate, i) * load(y, i));
+        for (int64_t i = 0; i < c; ++i) store(out, i, load(x, i) + load(gate, i) * load(y, i));
+      } else {
+#pragma omp simd
+        for (int64_t i = 0; i < c; ++i) store(out, i, load(x, i) + load(y, i));
+      }
       if (p.normed) normalize_row(out, row<T>(p.shift, b), row<T>(p.scale, b), row<T>(p.normed, r), c, p.eps);
     }
   });

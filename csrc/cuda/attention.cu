@@ -72,7 +72,7 @@ __device__ __forceinline__ void finish(const Forward<T>& p, const Block& block, 
       factor[r][half] = 1.f / total;
       const int i = (static_cast<int>(threadIdx.x) / kWarp * S::R + r) * 16 + 8 * half + lane_row();
       if (p.lse.data && lane_column() == 0 && i < block.count)
-        p.lse.data[(block.first + i) * p.lse.stride + block.head] = softmax.maximum[r][half] * p.g.scale + logf(total);
+        p.lse.data[(block.first + i * block.step) * p.lse.stride + block.head] = softmax.maximum[r][half] * p.g.scale + logf(total);
     }
   store_rows<S>(out, block.count, p.g.head_size, tile, sums, factor);
 }
@@ -87,10 +87,10 @@ template <class S, int kBlocks>
 __global__ void __launch_bounds__(S::kThreads, kBlocks) attention_kernel(const Forward<typename S::Type> p) {
   await_predecessor();
   using T = typename S::Type;
-  const Block block = block_of_thread<S::kOwn>(p.g);
+  const Block block = block_of_thread<S>(p.g);
   if (block.count == 0) return;
   const int64_t column = int64_t{block.head} * p.g.head_size;
-  const View<T> out = p.out.at(block.first, column);
+  const View<T> out = p.out.at(block.first, column, block.step);
   if (block.spare) return write_spare<S>(p, block, out);
 
   FLEXDIT_DYNAMIC_SHARED(shared);
@@ -100,11 +100,12 @@ __global__ void __launch_bounds__(S::kThreads, kBlocks) attention_kernel(const F
                    static_cast<int>(threadIdx.x) / kWarp * S::R * S::kScratch;
   const auto load_keys = [&](T* tiles, int first) {
     const int left = block.others - first;
-    load_tile<S, S::kStream>(tiles, p.k.at(block.first_other + first, column), left, p.g.head_size);
-    load_tile<S, S::kStream>(tiles + S::kStreamTile, p.v.at(block.first_other + first, column), left, p.g.head_size);
+    const int64_t row = block.first_other + first * block.step;
+    load_tile<S, S::kStream>(tiles, p.k.at(row, column, block.step), left, p.g.head_size);
+    load_tile<S, S::kStream>(tiles + S::kStreamTile, p.v.at(row, column, block.step), left, p.g.head_size);
     commit_copies();
   };
-  load_tile<S, S::kOwn>(q_tile, p.q.at(block.first, column), block.count, p.g.head_size);
+  load_tile<S, S::kOwn>(q_tile, p.q.at(block.first, column, block.step), block.count, p.g.head_size);
   load_keys(kv_tiles, 0);
 
   typename S::Owned q;
@@ -152,7 +153,8 @@ bool prefers_long_blocks(const Geometry& g) {
 }
 
 template <int kHead, class T>
-void launch_bucket(const Op& op, const Forward<T>& p, const Execution& exec) {
+void launch_bucket(const Op& op, const Forward<T>& p, bool across_frames, const Execution& exec) {
+  if (across_frames) return launch_forward<Shape<T, kHead, 1, 1, 16, true>, 8>(op, p, exec);
   if constexpr (std::is_same_v<T, float>) {
     launch_forward<Shape<T, kHead, 2, 1, kHead == 128 ? 16 : 32>, 1>(op, p, exec);
   } else if constexpr (kHead == 128) {
@@ -174,7 +176,7 @@ void attention(const Attention& p, const Execution& exec) {
     using T = decltype(tag);
     const Forward<T> forward{
         g, view_of<T>(p.q), view_of<T>(p.k), view_of<T>(p.v), view_of<T>(p.out), view_of<float>(p.lse)};
-    with_bucket(g.head_size, [&](auto head) { launch_bucket<head()>(op, forward, exec); });
+    with_bucket(g.head_size, [&](auto head) { launch_bucket<head()>(op, forward, p.across_frames, exec); });
   });
 }
 

@@ -36,8 +36,8 @@ __device__ __forceinline__ void row_dots(const T* x, const T* y, float* dots) {
 
 // lse in powers of two; infinite for a row that is not there, so that its probabilities are 0.
 template <class T>
-__device__ __forceinline__ float lse_of(const Backward<T>& p, int64_t first, int head, int i, int count) {
-  return i < count ? p.lse.data[(first + i) * p.lse.stride + head] * 1.44269504f : INFINITY;
+__device__ __forceinline__ float lse_of(const Backward<T>& p, int64_t first, int64_t step, int head, int i, int count) {
+  return i < count ? p.lse.data[(first + i * step) * p.lse.stride + head] * 1.44269504f : INFINITY;
 }
 
 // The left operand of a product: kept in registers, or read again where they are too few.
@@ -81,10 +81,10 @@ __global__ void __launch_bounds__(S::kThreads, kBlocks) attention_grad_q_kernel(
   await_predecessor();
   using T = typename S::Type;
   const int d = p.g.head_size;
-  const Block block = block_of_thread<S::kOwn>(p.g);
+  const Block block = block_of_thread<S>(p.g);
   if (block.count == 0) return;
   const int64_t column = int64_t{block.head} * d;
-  const View<T> grad_q = p.grad_q.at(block.first, column);
+  const View<T> grad_q = p.grad_q.at(block.first, column, block.step);
   if (block.spare) return write_zeros<S>(grad_q, block.count, d);
 
   FLEXDIT_DYNAMIC_SHARED(shared);
@@ -94,18 +94,19 @@ __global__ void __launch_bounds__(S::kThreads, kBlocks) attention_grad_q_kernel(
   float* scratch = delta_of + S::kOwn + warp_of_thread() * S::kScratch;
   const auto load_keys = [&](T* tiles, int first) {
     const int left = block.others - first;
-    load_tile<S, S::kStream>(tiles, p.k.at(block.first_other + first, column), left, d);
-    load_tile<S, S::kStream>(tiles + S::kStreamTile, p.v.at(block.first_other + first, column), left, d);
+    const int64_t row = block.first_other + first * block.step;
+    load_tile<S, S::kStream>(tiles, p.k.at(row, column, block.step), left, d);
+    load_tile<S, S::kStream>(tiles + S::kStreamTile, p.v.at(row, column, block.step), left, d);
     commit_copies();
   };
-  load_tile<S, S::kOwn>(q_tile, p.q.at(block.first, column), block.count, d);
-  load_tile<S, S::kOwn>(grad_tile, p.grad_out.at(block.first, column), block.count, d);
-  load_tile<S, S::kOwn>(out_tile, p.out.at(block.first, column), block.count, d);
+  load_tile<S, S::kOwn>(q_tile, p.q.at(block.first, column, block.step), block.count, d);
+  load_tile<S, S::kOwn>(grad_tile, p.grad_out.at(block.first, column, block.step), block.count, d);
+  load_tile<S, S::kOwn>(out_tile, p.out.at(block.first, column, block.step), block.count, d);
   load_keys(kv_tiles, 0);
   float lse[2], delta[2], factor[1][2] = {{p.g.scale, p.g.scale}};
 #pragma unroll
   for (int half = 0; half < 2; ++half)
-    lse[half] = lse_of(p, block.first, block.head, 16 * warp_of_thread() + 8 * half + lane_row(), block.count);
+    lse[half] = lse_of(p, block.first, block.step, block.head, 16 * warp_of_thread() + 8 * half + lane_row(), block.count);
   wait_copies<0>();
   __syncthreads();
   row_dots<S, S::kOwn>(out_tile, grad_tile, delta_of);
@@ -147,10 +148,11 @@ __global__ void __launch_bounds__(S::kThreads, kBlocks) attention_grad_kv_kernel
   await_predecessor();
   using T = typename S::Type;
   const int d = p.g.head_size;
-  const Block block = block_of_thread<S::kOwn>(p.g);
+  const Block block = block_of_thread<S>(p.g);
   if (block.count == 0) return;
   const int64_t column = int64_t{block.head} * d;
-  const View<T> grad_k = p.grad_k.at(block.first, column), grad_v = p.grad_v.at(block.first, column);
+  const View<T> grad_k = p.grad_k.at(block.first, column, block.step),
+                grad_v = p.grad_v.at(block.first, column, block.step);
   if (block.spare) {
     write_zeros<S>(grad_k, block.count, d);
     write_zeros<S>(grad_v, block.count, d);
@@ -166,16 +168,16 @@ __global__ void __launch_bounds__(S::kThreads, kBlocks) attention_grad_kv_kernel
   const bool carries = static_cast<int>(threadIdx.x) < S::kStream;
   float lse = 0;
   const auto load_queries = [&](T* tiles, int first) {
-    const int64_t row = block.first_other + first;
+    const int64_t row = block.first_other + first * block.step;
     const int left = block.others - first;
-    load_tile<S, S::kStream>(tiles, p.q.at(row, column), left, d);
-    load_tile<S, S::kStream>(tiles + S::kStreamTile, p.grad_out.at(row, column), left, d);
-    load_tile<S, S::kStream>(tiles + 2 * S::kStreamTile, p.out.at(row, column), left, d);
+    load_tile<S, S::kStream>(tiles, p.q.at(row, column, block.step), left, d);
+    load_tile<S, S::kStream>(tiles + S::kStreamTile, p.grad_out.at(row, column, block.step), left, d);
+    load_tile<S, S::kStream>(tiles + 2 * S::kStreamTile, p.out.at(row, column, block.step), left, d);
     commit_copies();
-    if (carries) lse = lse_of(p, row, block.head, static_cast<int>(threadIdx.x), left);
+    if (carries) lse = lse_of(p, row, block.step, block.head, static_cast<int>(threadIdx.x), left);
   };
-  load_tile<S, S::kOwn>(k_tile, p.k.at(block.first, column), block.count, d);
-  load_tile<S, S::kOwn>(v_tile, p.v.at(block.first, column), block.count, d);
+  load_tile<S, S::kOwn>(k_tile, p.k.at(block.first, column, block.step), block.count, d);
+  load_tile<S, S::kOwn>(v_tile, p.v.at(block.first, column, block.step), block.count, d);
   load_queries(q_tiles, 0);
 
   Operand<S> k, v;
@@ -254,15 +256,21 @@ void attention_backward(const AttentionBackward& p, const Execution& exec) {
       constexpr bool kSingle = std::is_same_v<T, float>, kWide = head() == 128;
       constexpr int kWarps = kSingle ? 2 : 4, kStream = kSingle && kWide ? 16 : 32;
       // Blocks per multiprocessor: as many as leave enough registers.
+      const Op op_q{"attention_backward", p.q.rows, p.q.cols}, op_k{"attention_backward", p.k.rows, p.k.cols};
+      const bool keys_too = p.grad_k || p.grad_v;
+      if (p.across_frames) {
+        using Short = Shape<T, head(), 1, 1, 16, true>;
+        if (p.grad_q) launch_grad_q<Short, 8>(op_q, backward, exec);
+        backward.g = keys;
+        if (keys_too) launch_grad_kv<Short, 8>(op_k, backward, exec);
+        return;
+      }
       if (p.grad_q)
-        launch_grad_q<Shape<T, head(), kWarps, 1, kStream>, kSingle ? 1
-                                                            : kWide ? 2
-                                                                    : 3>({"attention_backward", p.q.rows, p.q.cols},
-                                                                         backward, exec);
+        launch_grad_q<Shape<T, head(), kWarps, 1, kStream>, kSingle ? 1 : kWide ? 2 : 3>(op_q, backward, exec);
       backward.g = keys;
-      if (p.grad_k || p.grad_v)
-        launch_grad_kv<Shape<T, head(), kWarps, 1, kSingle || kWide ? kStream : 64>, kSingle ? 1 : 2>(
-            {"attention_backward", p.k.rows, p.k.cols}, backward, exec);
+      if (keys_too)
+        launch_grad_kv<Shape<T, head(), kWarps, 1, kSingle || kWide ? kStream : 64>, kSingle ? 1 : 2>(op_k, backward,
+                                                                                                      exec);
     });
   });
 }

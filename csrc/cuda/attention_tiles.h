@@ -12,9 +12,11 @@ namespace flexdit::cuda {
 // Each warp of a block owns 16 R rows of one head (queries, or keys in the kernel of their gradients); the other side
 // streams by in tiles of kStream rows, double-buffered. kHead is the head size rounded up to a bucket: columns behind
 // the head size are zeros in shared memory, so results are exact.
-template <class T, int kHeadColumns, int kWarps_, int R_, int kStreamRows>
+// With kAcrossFrames_ the rows of a block are those of one position in consecutive frames.
+template <class T, int kHeadColumns, int kWarps_, int R_, int kStreamRows, bool kAcrossFrames_ = false>
 struct Shape {
   using Type = T;
+  static constexpr bool kAcrossFrames = kAcrossFrames_;
   static constexpr int kHead = kHeadColumns, kWarps = kWarps_, R = R_, kStream = kStreamRows;
   static constexpr int kThreads = kWarps * kWarp, kOwn = 16 * R * kWarps;
   static constexpr int kStride = kTileStride<T, kHead>;
@@ -37,8 +39,8 @@ struct View {
   int64_t rows, stride;
   bool aligned;  // to 16 bytes, rows too
 
-  __device__ __forceinline__ View at(int64_t row, int64_t column) const {
-    return {data + row * stride + column, rows - row, stride, aligned};
+  __device__ __forceinline__ View at(int64_t row, int64_t column, int64_t step = 1) const {
+    return {data + row * stride + column, rows - row, stride * step, aligned};
   }
 };
 template <class T>
@@ -49,7 +51,8 @@ View<T> view_of(const Matrix& m) {
 struct Geometry {
   const LayoutRow *own, *other;  // tables of the rows that blocks own, and of those that stream by
   int batch, heads, head_size;
-  int64_t capacity;  // of the owned rows
+  int64_t capacity;   // of the owned rows
+  int64_t sequences;  // no less than there are: samples, or positions of their frames
   float scale;       // of the scores: 1 / sqrt(head_size)
 
   __device__ __forceinline__ float scale_log2() const { return scale * 1.44269504f; }
@@ -67,6 +70,7 @@ inline Geometry geometry_of(const char* op, const Attention& p, const TokenLayou
           static_cast<int>(p.num_heads),
           static_cast<int>(head_size),
           capacity,
+          !p.across_frames ? own.batch : p.max_positions ? p.max_positions : capacity,
           static_cast<float>(1 / std::sqrt(static_cast<double>(head_size)))};
 }
 
@@ -85,16 +89,17 @@ void with_bucket(int head_size, Body&& body) {
 // no prefix sum: sample b begins at slot offset(b) / kOwn + b, and rows behind the total are sample `batch`.
 
 struct Block {
-  int head, sample;
+  int head;
   int64_t first;        // row
   int count;            // of the owned rows, at most kOwn; 0: nothing to do
   int64_t first_other;  // row
   int others;
+  int64_t step;  // from row to row
   bool spare;  // rows without a sample, or without rows to attend to: zeros
 };
 
 inline unsigned block_count(const Geometry& g, int own) {
-  return static_cast<unsigned>((ceil_divide(g.capacity, own) + g.batch) * g.heads);
+  return static_cast<unsigned>((ceil_divide(g.capacity, own) + g.sequences) * g.heads);
 }
 
 // The last sample that begins at or before `slot`; every lane looks at another sample, so a batch of 32 takes one step.
@@ -112,23 +117,75 @@ __device__ __forceinline__ int sample_at(const Geometry& g, int slot) {
   return low;
 }
 
+// How many of `left` rows a block takes.
 template <int kOwn>
+__device__ __forceinline__ int count_of(int64_t left) {
+  return static_cast<int>(left < 0 ? 0 : left < kOwn ? left : kOwn);
+}
+
+template <int kOwn>
+__device__ __forceinline__ Block block_within_sample(const Geometry& g, int slot) {
+  Block block;
+  const int sample = sample_at<kOwn>(g, slot), begin = g.own[sample].offset;
+  const int64_t end = sample < g.batch ? g.own[sample + 1].offset : g.capacity;
+  block.first = begin + int64_t{slot - (begin / kOwn + sample)} * kOwn;
+  block.count = count_of<kOwn>(end - block.first);
+  block.first_other = block.others = 0;
+  if (sample < g.batch) {
+    block.first_other = g.other[sample].offset;
+    block.others = g.other[sample + 1].offset - g.other[sample].offset;
+  }
+  block.step = 1;
+  block.spare = block.others == 0;
+  return block;
+}
+
+// A sample has H W ceil(F / kOwn) slots; slots behind the last sample's clear spare rows. Every lane looks at another
+// sample, 32 at a time.
+template <int kOwn>
+__device__ __forceinline__ Block block_across_frames(const Geometry& g, int slot) {
+  Block block;
+  for (int first = 0; first < g.batch; first += kWarp) {
+    const int mine = first + lane_of_thread();
+    const Grid grid = mine < g.batch ? g.own[mine].grid : Grid{0, 0, 0};
+    const int positions = grid.height * grid.width, slots = positions * ((grid.frames + kOwn - 1) / kOwn);
+    int end = slots;
+#pragma unroll
+    for (int lanes = 1; lanes < kWarp; lanes *= 2) {
+      const int before = __shfl_up_sync(kAllLanes, end, static_cast<unsigned>(lanes));
+      if (lane_of_thread() >= lanes) end += before;
+    }
+    const int lane = count_bits(__ballot_sync(kAllLanes, end <= slot));
+    if (lane < kWarp) {
+      const int sample = first + lane, width = __shfl_sync(kAllLanes, positions, lane),
+                local = slot - __shfl_sync(kAllLanes, end - slots, lane), frame = local / width * kOwn;
+      block.step = width;
+      block.first_other = g.own[sample].offset + local % width;
+      block.others = g.own[sample].grid.frames;
+      block.first = block.first_other + int64_t{frame} * width;
+      block.count = count_of<kOwn>(block.others - frame);
+      block.spare = false;
+      return block;
+    }
+    slot -= __shfl_sync(kAllLanes, end, kWarp - 1);
+  }
+  block.step = 1;
+  block.first_other = block.others = 0;
+  block.first = g.own[g.batch].offset + int64_t{slot} * kOwn;
+  block.count = count_of<kOwn>(g.capacity - block.first);
+  block.spare = true;
+  return block;
+}
+
+template <class S>
 __device__ __forceinline__ Block block_of_thread(const Geometry& g) {
   const int slot = static_cast<int>(blockIdx.x / static_cast<unsigned>(g.heads));
   Block block;
+  if constexpr (S::kAcrossFrames)
+    block = block_across_frames<S::kOwn>(g, slot);
+  else
+    block = block_within_sample<S::kOwn>(g, slot);
   block.head = static_cast<int>(blockIdx.x % static_cast<unsigned>(g.heads));
-  block.sample = sample_at<kOwn>(g, slot);
-  const int begin = g.own[block.sample].offset;
-  const int64_t end = block.sample < g.batch ? g.own[block.sample + 1].offset : g.capacity;
-  block.first = begin + int64_t{slot - (begin / kOwn + block.sample)} * kOwn;
-  const int64_t left = end - block.first;
-  block.count = static_cast<int>(left < 0 ? 0 : left < kOwn ? left : kOwn);
-  block.first_other = block.others = 0;
-  if (block.sample < g.batch) {
-    block.first_other = g.other[block.sample].offset;
-    block.others = g.other[block.sample + 1].offset - g.other[block.sample].offset;
-  }
-  block.spare = block.others == 0;
   return block;
 }
 

@@ -233,14 +233,15 @@ __device__ __forceinline__ void multiply_transposed(float (&c)[R][N][4], const R
         mma<T, 2>(c[r][n + 1], a[r].words + 2 * k, words + 2);
       }
     }
-  if constexpr (kCols / 8 % 2) {  // head size 72: the last 8 alone, four of c's tiles at once
-    static_assert(N % 4 == 0);
+  if constexpr (kCols / 8 % 2) {  // head size 72: the last 8 alone, four of c's tiles at once, or its two
+    constexpr int kAtOnce = N % 4 == 0 ? 4 : 2;
+    static_assert(N % kAtOnce == 0);
 #pragma unroll
-    for (int n = 0; n < N; n += 4) {
-      uint32_t words[4];
-      load_matrices<4, false>(words, b + (8 * n + lane) * kStride + kCols - 8);
+    for (int n = 0; n < N; n += kAtOnce) {
+      uint32_t words[kAtOnce];
+      load_matrices<kAtOnce, false>(words, b + (8 * n + lane % (8 * kAtOnce)) * kStride + kCols - 8);
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
+      for (int i = 0; i < kAtOnce; ++i)
 #pragma unroll
         for (int r = 0; r < R; ++r) mma<T, 1>(c[r][n + i], a[r].words + kCols / 4 - 2, words + i);
     }

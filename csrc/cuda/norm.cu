@@ -24,11 +24,13 @@ struct GatedRows {
   __device__ __forceinline__ Row<T, V> row_at(const TokenLayout&, int64_t sample, int64_t r, int cols) const {
     Row<T, V> out;
     out.read(row<T>(x, r), cols);
-    const T *branch = row<T>(y, y_per_sample ? sample : r), *gates = row<T>(gate, sample);
+    const T *branch = row<T>(y, y_per_sample ? sample : r), *gates = gate.data ? row<T>(gate, sample) : nullptr;
     for_vectors<V>(cols, [&](int k, int column) {
-      const auto b = load<V>(branch + column), g = load<V>(gates + column);
+      const auto b = load<V>(branch + column);
+      Vector<T, V> g;
+      if (gates) g = load<V>(gates + column);
 #pragma unroll
-      for (int i = 0; i < V; ++i) out.part[k].set(i, out.part[k][i] + g[i] * b[i]);
+      for (int i = 0; i < V; ++i) out.part[k].set(i, out.part[k][i] + (gates ? g[i] * b[i] : b[i]));
     });
     return out;
   }

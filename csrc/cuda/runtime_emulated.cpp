@@ -1,3 +1,5 @@
+#include <malloc.h>
+
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -8,14 +10,19 @@
 
 namespace flexdit::cuda {
 
-// Fresh memory holds NaNs, so that reading what nobody wrote shows.
+// Fresh memory holds NaNs, so that reading what nobody wrote shows, and so does what is given back, for graphs that go
+// on with it.
 void* allocate(int64_t bytes, const Execution&) {
   const auto size = static_cast<size_t>((bytes + 127) / 128 * 128);
   void* memory = std::aligned_alloc(128, size > 0 ? size : 128);
   if (!memory) throw std::bad_alloc();
   return std::memset(memory, 0xff, size);
 }
-void release(void* memory, const Execution&) noexcept { std::free(memory); }
+void release(void* memory, const Execution&) noexcept {
+  std::memset(memory, 0xff, malloc_usable_size(memory));
+  asm volatile("" : : "r"(memory) : "memory");  // or the compiler leaves it out before a free
+  std::free(memory);
+}
 
 void copy(void* to, const void* from, int64_t bytes, const Execution&) {
   emulator::submit([=] { std::memcpy(to, from, static_cast<size_t>(bytes)); });

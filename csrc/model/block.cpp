@@ -23,20 +23,23 @@ struct Layer {
 
 // A block's parameters by role; the order is block_parameters'.
 struct Roles {
-  Layer modulation, v, q, kv, qkv, proj, fc1, fc2, from_sparse, from_dense;
+  Layer modulation, v, q, kv, qkv, proj, cross_q, cross_kv, cross_proj, fc1, fc2, from_sparse, from_dense;
 
-  Roles(BlockKind kind, std::span<const Matrix> list, std::span<const PackedWeight* const> packed = {}) {
+  Roles(const BlockShape& s, std::span<const Matrix> list, std::span<const PackedWeight* const> packed = {}) {
     size_t next = 0;
     const auto take = [&](Layer& layer) {
       layer = {list[next], list[next + 1], packed.empty() ? nullptr : packed[next]};
       next += 2;
     };
-    take(modulation);
+    const BlockKind kind = s.kind;
+    if (!s.style.shared_modulation) take(modulation);
     if (kind == BlockKind::recovery) take(from_sparse), take(from_dense);
     if (kind == BlockKind::pooling) take(v);
     if (kind == BlockKind::dense) take(qkv);
     if (is_cross(kind)) take(q), take(kv);
-    take(proj), take(fc1), take(fc2);
+    take(proj);
+    if (s.style.caption) take(cross_q), take(cross_kv), take(cross_proj);
+    take(fc1), take(fc2);
   }
 };
 
@@ -59,9 +62,10 @@ Attention attention_of(const BlockForward& p, const BlockContext& k) {
     a.layout_k = p.other_layout;
   } else {
     a.q = k.qkv.columns(0, c), a.k = k.qkv.columns(c, c), a.v = k.qkv.columns(2 * c, c);
-    a.layout_k = p.layout;
+    a.layout_k = p.attention_layout.table ? p.attention_layout : p.layout;
+    a.across_frames = p.across_frames, a.max_positions = p.max_positions;
   }
-  a.layout_q = p.layout;
+  a.layout_q = is_cross(p.shape.kind) ? p.layout : a.layout_k;
   a.num_heads = p.shape.num_heads;
   a.out = k.attended;
   a.lse = k.lse;
@@ -131,8 +135,43 @@ void forward_attention(const BlockForward& p, const Roles& w, const BlockContext
   apply(w.proj, k.attended, k.y1, exec);
 }
 
+Attention cross_attention_of(const BlockForward& p, const BlockContext& k) {
+  const int64_t c = p.shape.hidden;
+  const Matrix& kv = p.prepared.caption_kv ? p.prepared.caption_kv : k.cross_kv;
+  return {.q = k.cross_q,
+          .k = kv.columns(0, c),
+          .v = kv.columns(c, c),
+          .layout_q = p.layout,
+          .layout_k = p.caption_layout,
+          .num_heads = p.shape.num_heads,
+          .out = k.cross_attended,
+          .lse = k.cross_lse};
+}
+
+// The first residual, the caption's branch if there is one, and the norm that the MLP begins with.
+void forward_residuals(const BlockForward& p, const Roles& w, const BlockContext& k, const BlockWorkspace& ws,
+                       const Execution& exec) {
+  GatedResidual first{.x = base_of(p, k),
+                      .y = k.y1,
+                      .gate = part(k.modulation, kGate1),
+                      .layout = p.layout,
+                      .out = k.x1,
+                      .y_per_sample = p.shape.kind == BlockKind::pooling};
+  GatedResidual second{.x = k.x1, .y = ws.cross_y, .layout = p.layout, .out = k.x2};
+  GatedResidual& last = p.shape.style.caption ? second : first;
+  last.shift = part(k.modulation, kShift2), last.scale = part(k.modulation, kScale2);
+  last.normed = ws.n, last.eps = p.mlp_norm_eps;
+  gated_residual(first, exec);
+  if (!p.shape.style.caption) return;
+  apply(w.cross_q, k.x1, k.cross_q, exec);
+  if (!p.prepared.caption_kv) apply(w.cross_kv, p.caption, k.cross_kv, exec);
+  attention(cross_attention_of(p, k), exec);
+  apply(w.cross_proj, k.cross_attended, ws.cross_y, exec);
+  gated_residual(second, exec);
+}
+
 void check_lists(const BlockForward& p) {
-  const size_t wanted = block_parameter_count(p.shape.kind);
+  const size_t wanted = block_parameter_count(p.shape.kind, p.shape.style);
   const auto require = [&](bool holds, const auto&... parts) {
     if (!holds) refuse(name_of(p.shape.kind), " block: ", parts...);
   };
@@ -140,8 +179,12 @@ void check_lists(const BlockForward& p) {
   const BlockPrepared& prepared = p.prepared;
   require(prepared.packed.empty() || prepared.packed.size() == wanted, "prepared.packed must be as long as parameters");
   const bool any = prepared.modulation || prepared.folded_weight || prepared.normed_x || prepared.normed_other ||
-                   prepared.next.normed;
+                   prepared.next.normed || prepared.caption_kv;
   require(!any || !p.context, "prepared is for inference, a context keeps what backward needs");
+  require((!p.attention_layout.table && !p.across_frames) || p.shape.kind == BlockKind::dense,
+          "attention within or across frames is for dense blocks");
+  require(!p.shape.style.caption || p.caption_layout.batch == p.shape.batch,
+          "caption_layout must have a caption for each sample");
   require(!prepared.normed_x || p.shape.kind == BlockKind::dense || p.shape.kind == BlockKind::generation,
           "prepared.normed_x is not what this block begins with");
 }
@@ -178,7 +221,7 @@ void backward_normalize(const Matrix& x, const TokenLayout& layout, const BlockC
                                 exec);
 }
 
-// From grad_out to the gradient of x1, which is left in grad_x.
+// From grad_out to the gradient of x2, which is left in grad_x.
 void backward_mlp(const BlockBackward& p, const Roles& w, const Roles& grad, const BlockContext& k,
                   const BlockBackwardWorkspace& ws, const Execution& exec) {
   gated_residual_backward({.y = k.y2,
@@ -198,9 +241,24 @@ void backward_mlp(const BlockBackward& p, const Roles& w, const Roles& grad, con
                    .gelu_input = k.h,
                    .workspace = ws.linear},
                   exec);
-  normalize(k.x1, p.layout, k.modulation, kShift2, ws.n, exec, p.mlp_norm_eps);
+  normalize(k.x2, p.layout, k.modulation, kShift2, ws.n, exec, p.mlp_norm_eps);
   apply_backward(w.fc1, grad.fc1, ws.n, ws.grad_h, ws.grad_n, ws.linear, exec);
-  backward_normalize(k.x1, p.layout, k, ws, kShift2, ws.grad_n, p.grad_out, p.grad_x, false, exec, p.mlp_norm_eps);
+  backward_normalize(k.x2, p.layout, k, ws, kShift2, ws.grad_n, p.grad_out, p.grad_x, false, exec, p.mlp_norm_eps);
+}
+
+// grad_x holds the gradient of x2 and becomes that of x1; also writes grad_caption.
+void backward_caption(const BlockBackward& p, const Roles& w, const Roles& grad, const BlockContext& k,
+                      const BlockBackwardWorkspace& ws, const Execution& exec) {
+  const int64_t c = p.shape.hidden;
+  apply_backward(w.cross_proj, grad.cross_proj, k.cross_attended, p.grad_x, ws.grad_n, ws.linear, exec);
+  AttentionBackward a;
+  static_cast<Attention&>(a) = cross_attention_of(p, k);
+  a.grad_out = ws.grad_n;
+  a.grad_q = ws.grad_y, a.grad_k = ws.grad_cross_kv.columns(0, c), a.grad_v = ws.grad_cross_kv.columns(c, c);
+  attention_backward(a, exec);
+  apply_backward(w.cross_q, grad.cross_q, k.x1, ws.grad_y, p.grad_x, ws.linear, exec, true);
+  apply_backward(w.cross_kv, grad.cross_kv, p.caption, ws.grad_cross_kv, p.grad_caption, ws.linear, exec,
+                 p.accumulate_caption);
 }
 
 // grad_x holds the gradient of x1 and becomes that of x.
@@ -275,7 +333,7 @@ void backward_attention(const BlockBackward& p, const Roles& w, const Roles& gra
 
 void block_forward(const BlockForward& p, const Execution& exec) {
   check_lists(p);
-  const Roles w(p.shape.kind, p.parameters, p.prepared.packed);
+  const Roles w(p.shape, p.parameters, p.prepared.packed);
   Arena context_arena(p.context), arena(p.workspace);
   const bool keeps_context = p.context != nullptr;
   BlockContext k = keeps_context ? plan_context(p.shape, context_arena) : plan_inference(p.shape, p.out, arena);
@@ -283,22 +341,16 @@ void block_forward(const BlockForward& p, const Execution& exec) {
 
   if (p.prepared.modulation) {
     k.modulation = p.prepared.modulation;
+  } else if (p.shape.style.shared_modulation) {
+    k.modulation = p.condition;
   } else {
     silu({.x = p.condition, .y = ws.silu}, exec);
     apply(w.modulation, ws.silu, k.modulation, exec);
   }
   forward_attention(p, w, k, ws, exec);
-  gated_residual({.x = base_of(p, k),
-                  .y = k.y1,
-                  .gate = part(k.modulation, kGate1),
-                  .layout = p.layout,
-                  .out = k.x1,
-                  .shift = part(k.modulation, kShift2),
-                  .scale = part(k.modulation, kScale2),
-                  .normed = ws.n,
-                  .y_per_sample = p.shape.kind == BlockKind::pooling,
-                  .eps = p.mlp_norm_eps},
-                 exec);
+  discard(ws.n), discard(k.h);
+  forward_residuals(p, w, k, ws, exec);
+  discard(k.y2);
   if (keeps_context) {
     linear({.x = ws.n,
             .weight = w.fc1.weight,
@@ -312,7 +364,8 @@ void block_forward(const BlockForward& p, const Execution& exec) {
     apply(w.fc1, ws.n, k.h, exec, Activation::gelu_tanh);
     apply(w.fc2, k.h, k.y2, exec);
   }
-  gated_residual({.x = k.x1,
+  discard(p.prepared.next.normed);
+  gated_residual({.x = k.x2,
                   .y = k.y2,
                   .gate = part(k.modulation, kGate2),
                   .layout = p.layout,
@@ -327,17 +380,22 @@ void block_backward(const BlockBackward& p, const Execution& exec) {
   check_lists(p);
   if (p.grad_parameters.size() != p.parameters.size())
     throw ArgumentError("block: grad_parameters must hold as many tensors as parameters");
-  const Roles w(p.shape.kind, p.parameters), grad(p.shape.kind, p.grad_parameters);
-  Arena context_arena(p.context), arena(p.workspace);
-  const BlockContext k = plan_context(p.shape, context_arena);
-  const BlockBackwardWorkspace ws = plan_backward(p.shape, arena);
+  const Roles w(p.shape, p.parameters), grad(p.shape, p.grad_parameters);
+  Arena context_arena(p.context, false), arena(p.workspace);
+  BlockContext k = plan_context(p.shape, context_arena);
+  BlockBackwardWorkspace ws = plan_backward(p.shape, arena);
+  const bool shared = p.shape.style.shared_modulation;
+  if (shared && p.accumulate_condition) throw ArgumentError("block: accumulate_condition with a shared modulation");
+  if (shared) k.modulation = p.condition, ws.grad_modulation = p.grad_condition;
 
   backward_mlp(p, w, grad, k, ws, exec);
+  if (p.shape.style.caption) backward_caption(p, w, grad, k, ws, exec);
   if (p.shape.kind == BlockKind::pooling)
     backward_pooling(p, w, grad, k, ws, exec);
   else
     backward_attention(p, w, grad, k, ws, exec);
 
+  if (shared) return;
   silu({.x = p.condition, .y = ws.silu}, exec);
   apply_backward(w.modulation, grad.modulation, ws.silu, ws.grad_modulation, ws.grad_silu, ws.linear, exec);
   silu_backward(

@@ -10,19 +10,21 @@ constexpr bool is_cross(BlockKind kind) { return kind == BlockKind::generation |
 
 // Calls add(name, outputs, inputs) for each linear layer of a block: its weight, then its bias are the parameters.
 template <class Add>
-constexpr void for_layers(BlockKind kind, int64_t hidden, int64_t mlp_hidden, Add&& add) {
-  add("modulation", 6 * hidden, hidden);
+constexpr void for_layers(BlockKind kind, int64_t hidden, int64_t mlp_hidden, BlockStyle style, Add&& add) {
+  if (!style.shared_modulation) add("modulation", 6 * hidden, hidden);
   if (kind == BlockKind::recovery) add("from_sparse", hidden, hidden), add("from_dense", hidden, hidden);
   if (kind == BlockKind::pooling) add("attn.v", hidden, hidden);
   if (kind == BlockKind::dense) add("attn.qkv", 3 * hidden, hidden);
   if (is_cross(kind)) add("attn.q", hidden, hidden), add("attn.kv", 2 * hidden, hidden);
   add("attn.proj", hidden, hidden);
+  if (style.caption)
+    add("cross.q", hidden, hidden), add("cross.kv", 2 * hidden, hidden), add("cross.proj", hidden, hidden);
   add("mlp.fc1", mlp_hidden, hidden);
   add("mlp.fc2", hidden, mlp_hidden);
 }
-constexpr size_t block_parameter_count(BlockKind kind) {
+constexpr size_t block_parameter_count(BlockKind kind, BlockStyle style = {}) {
   size_t count = 0;
-  for_layers(kind, 1, 1, [&](const char*, int64_t, int64_t) { count += 2; });
+  for_layers(kind, 1, 1, style, [&](const char*, int64_t, int64_t) { count += 2; });
   return count;
 }
 
@@ -38,6 +40,8 @@ struct BlockContext {
   Matrix lse;         // [R, heads]
   Matrix y1;          // [R, C], pooling [B, C]: the first branch
   Matrix x1;          // [R, C], after the first residual
+  Matrix cross_q, cross_kv, cross_attended, cross_lse;  // caption: [R, C], [Rc, 2C], [R, C], [R, heads]
+  Matrix x2;          // [R, C], what the MLP's branch adds to: after the caption, or x1
   Matrix h;           // [R, 4C], before GELU
   Matrix y2;          // [R, C], the second branch
 };
@@ -52,6 +56,7 @@ struct BlockWorkspace {
   Matrix n_other;        // [Ro, C]
   Matrix u;              // recovery: [Ro, C], W_1 of the sparse tokens
   Matrix act;            // with a context: [R, 4C], GELU of it, which backward computes again
+  Matrix cross_y;        // caption: [R, C]
   void* mean = nullptr;  // pooling: of modulated_mean
 };
 
@@ -68,6 +73,7 @@ struct BlockBackwardWorkspace {
   Matrix n_other, grad_n_other;      // [Ro, C]
   Matrix grad_base;                  // recovery: [R, C]
   Matrix grad_pooled, grad_v;        // pooling: [B, C]
+  Matrix grad_cross_kv;              // caption: [Rc, 2C]
   void* statistics;                  // of norms, or of modulated_mean
   void* linear;
 };

@@ -42,9 +42,9 @@ struct Engine::Block {
 
 struct Engine::Plan {
   Key key;
-  int64_t samples = 0, passes = 0;             // passes: the model's batch
+  int64_t samples = 0, passes = 0;  // passes: the model's batch
   int64_t rows = 0, model_rows = 0, sparse_rows = 0;
-  Buffer tables;                               // on the device:
+  Buffer tables;  // on the device:
   TokenLayout layout, model_layout, sparse_layout;
   const int32_t *sample_of_pass = nullptr, *position_offsets = nullptr;
   Repeated work;
@@ -167,7 +167,9 @@ void Engine::place(const std::vector<Occupant>& occupants) {
   }
   if (moves)
     for (Buffer* buffer : {&x_, &x0_}) {
+      spare_.discard();
       copy_bytes(spare_.data(), buffer->data(), old_values * size, exec_);  // reserve_model has made room
+      buffer->discard();
       offset = 0;
       for (const Occupant& o : occupants) {
         if (const auto found = before.find(o.id); found != before.end())
@@ -178,8 +180,10 @@ void Engine::place(const std::vector<Occupant>& occupants) {
     }
   for (const auto& [at, o] : fresh) {
     // The block is free between steps, and the stream keeps the order.
+    block_.discard();
     uploader_.upload(block_.data(), &o->seed, sizeof o->seed, exec_);
     const int64_t values = values_of(o->dense);
+    x_.discard(at * size, values * size), x0_.discard(at * size, values * size);
     normal_noise({.seeds = block_.as<const uint64_t>(),
                   .draw = 0,
                   .out = {x_.as<char>() + at * size, 1, values, values, state_}},
@@ -260,8 +264,8 @@ ModelForward Engine::forward_of(const Plan& plan) const {
   if (c.num_sdtm) p.sparse_layout = plan.sparse_layout;
   p.rows = plan.model_rows, p.sparse_rows = plan.sparse_rows;
   p.positions = {{positions_.data(), position_count_, c.hidden, c.hidden, prepared_.dtype}, plan.position_offsets};
-  p.prepared = {{modulation_.data(), plan.passes, columns, columns, prepared_.dtype}, prepared_.folded,
-                prepared_.packed};
+  p.prepared = {
+      {modulation_.data(), plan.passes, columns, columns, prepared_.dtype}, prepared_.folded, prepared_.packed};
   return p;
 }
 
@@ -269,6 +273,7 @@ void Engine::run(const Plan& plan, const Execution& exec) {
   const Config& c = prepared_.config;
   const ModelForward p = forward_of(plan);
   const auto* numbers = block_.as<const StepNumbers>();
+  for (const Buffer* buffer : {&modulation_, &input_, &output_}) buffer->discard();
   gather_rows({.rows = reinterpret_cast<const void* const*>(numbers + plan.samples), .out = p.prepared.modulation},
               exec);
   model_input({.samples = plan.sample_of_pass,
@@ -316,6 +321,7 @@ void Engine::step(std::span<const StepOrder> orders) {
   for (const StepOrder& order : orders)
     if (order.null_modulation) block.rows.push_back(order.null_modulation);
   Plan& plan = plan_for(std::move(key));
+  block_.discard();
   uploader_.upload(block_.data(), block.numbers.data(), block.numbers_bytes(), exec_);
   uploader_.upload(block_.as<char>() + block.numbers_bytes(), block.rows.data(), block.rows_bytes(), exec_);
   plan.work.run(exec_, [&](const Execution& exec) { run(plan, exec); });

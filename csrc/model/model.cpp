@@ -145,6 +145,12 @@ void check(const ModelForward& p, const Execution& exec) {
   require(!any || !p.context, "prepared is for inference, a context keeps what backward needs");
 }
 
+// For measuring: nothing is carved.
+ModelForward without_memory(ModelForward p) {
+  p.context = p.workspace = nullptr;
+  return p;
+}
+
 // The gradients and the temporaries of backward; the walk's own few rows come first in the workspace.
 int64_t backward_bytes(const ModelForward& p, const Walk& walk) {
   Arena arena;
@@ -223,15 +229,16 @@ int64_t model_macs(const Config& c, Grid sparse) {
   return ends + c.num_pooling_blocks * pooling + c.num_sdtm * module + c.num_dense_blocks * self(n);
 }
 
-int64_t model_context_bytes(const ModelForward& p) { return Walk(p, true, nullptr).context_bytes(); }
+int64_t model_context_bytes(const ModelForward& p) { return Walk(without_memory(p), true, nullptr).context_bytes(); }
 
 int64_t model_workspace_bytes(const ModelForward& p, bool keeps_context) {
-  return Walk(p, keeps_context, nullptr).workspace_bytes();
+  return Walk(without_memory(p), keeps_context, nullptr).workspace_bytes();
 }
 
 int64_t model_backward_workspace_bytes(const ModelForward& p) {
-  const Walk walk(p, true, nullptr);
-  return walk.workspace_bytes() + backward_bytes(p, walk);
+  const ModelForward measured = without_memory(p);
+  const Walk walk(measured, true, nullptr);
+  return walk.workspace_bytes() + backward_bytes(measured, walk);
 }
 
 void model_forward(const ModelForward& p, const Execution& exec) {

@@ -29,7 +29,7 @@ struct Respaced {
   std::vector<int64_t> timesteps;
   std::vector<double> power, power_before, beta, posterior_variance;
 
-  explicit Respaced(int64_t steps) : timesteps(space_timesteps(steps)) {
+  explicit Respaced(std::span<const int64_t> kept) : timesteps(kept.begin(), kept.end()) {
     const auto full = signal_powers();
     double before = 1;
     for (const int64_t t : timesteps) {
@@ -50,8 +50,8 @@ double clipped_log_variance(const Respaced& d, size_t k) {
   return std::log(d.posterior_variance.size() > 1 ? d.posterior_variance[1] : d.beta[0]);
 }
 
-std::vector<SamplerStep> ddpm_steps(int64_t steps, bool learned_variance) {
-  const Respaced d(steps);
+std::vector<SamplerStep> ddpm_steps(std::span<const int64_t> kept, bool learned_variance) {
+  const Respaced d(kept);
   std::vector<SamplerStep> out;
   for (size_t k = d.timesteps.size(); k-- > 0;)
     out.push_back({.timestep = double(d.timesteps[k]),
@@ -66,9 +66,9 @@ std::vector<SamplerStep> ddpm_steps(int64_t steps, bool learned_variance) {
   return out;
 }
 
-std::vector<SamplerStep> ddim_steps(int64_t steps, double eta) {
+std::vector<SamplerStep> ddim_steps(std::span<const int64_t> kept, double eta) {
   require(eta >= 0 && eta <= 1, "eta is " + std::to_string(eta) + ", must lie in [0, 1]");
-  const Respaced d(steps);
+  const Respaced d(kept);
   std::vector<SamplerStep> out;
   for (size_t k = d.timesteps.size(); k-- > 0;) {
     const double deviation = eta * std::sqrt(d.posterior_variance[k]);
@@ -178,15 +178,26 @@ std::vector<int64_t> space_timesteps(int64_t count) {
   return out;
 }
 
+std::vector<SamplerStep> sampler_steps(SamplerKind kind, std::span<const int64_t> timesteps, double eta,
+                                       bool learned_variance) {
+  require(kind == SamplerKind::ddim || kind == SamplerKind::ddpm, "timesteps are only for ddim and ddpm");
+  require(!timesteps.empty(), "timesteps is empty, must have at least one");
+  for (size_t i = 0; i < timesteps.size(); ++i)
+    require(timesteps[i] < kDiffusionSteps && timesteps[i] >= (i ? timesteps[i - 1] + 1 : 0),
+            "timesteps has " + std::to_string(timesteps[i]) + " at " + std::to_string(i) +
+                ", must ascend within 0..." + std::to_string(kDiffusionSteps - 1));
+  require(eta == 0 || kind == SamplerKind::ddim, "eta is " + std::to_string(eta) + ", only ddim takes another than 0");
+  return kind == SamplerKind::ddim ? ddim_steps(timesteps, eta) : ddpm_steps(timesteps, learned_variance);
+}
+
 std::vector<SamplerStep> sampler_steps(SamplerKind kind, int64_t steps, double eta, bool learned_variance) {
   require(steps >= 1 && steps <= kDiffusionSteps,
           "steps is " + std::to_string(steps) + ", must lie in 1..." + std::to_string(kDiffusionSteps));
   require(eta == 0 || kind == SamplerKind::ddim, "eta is " + std::to_string(eta) + ", only ddim takes another than 0");
   switch (kind) {
     case SamplerKind::ddim:
-      return ddim_steps(steps, eta);
     case SamplerKind::ddpm:
-      return ddpm_steps(steps, learned_variance);
+      return sampler_steps(kind, space_timesteps(steps), eta, learned_variance);
     case SamplerKind::dpmpp:
       return dpmpp_steps(steps);
     case SamplerKind::flow_euler:

@@ -1,13 +1,12 @@
 #include "model/sampling_model.h"
 
+#include "flexdit/checkpoint.h"
 #include "model/arena.h"
 
 namespace flexdit {
 namespace {
 
-bool is_modulation(const std::string& name) {
-  return name.find("modulation.") != std::string::npos;
-}
+bool is_modulation(const std::string& name) { return name.find("modulation.") != std::string::npos; }
 
 // A linear layer's weight that the blocks use, which oneDNN likes packed. The ends' are small.
 bool is_packed_weight(const ParameterSpec& spec) {
@@ -34,9 +33,9 @@ void check(const SamplingModelOptions& o, const std::vector<ParameterSpec>& spec
                 std::to_string(specs[i].cols) + "]");
     require(m.dtype == o.dtype, specs[i].name + " is " + name_of(m.dtype) + ", must be " + name_of(o.dtype));
   }
-  require(o.null_label >= -1 && o.null_label < o.config.label_rows,
-          "null_label is " + std::to_string(o.null_label) + ", must be -1 for none or lie in [0, " +
-              std::to_string(o.config.label_rows) + ")");
+  require(o.null_label >= -1 && o.null_label < o.config.label_rows, "null_label is " + std::to_string(o.null_label) +
+                                                                        ", must be -1 for none or lie in [0, " +
+                                                                        std::to_string(o.config.label_rows) + ")");
   if (o.config.num_sdtm == 0) return;
   const Grid dense = o.config.dense_grid();
   for (const Grid& g : o.schedule.grids())
@@ -129,5 +128,15 @@ const DensitySchedule& SamplingModel::schedule() const { return prepared_->sched
 DType SamplingModel::dtype() const { return prepared_->dtype; }
 int64_t SamplingModel::null_label() const { return prepared_->null_label; }
 const Execution& SamplingModel::execution() const { return prepared_->exec; }
+
+std::shared_ptr<const SamplingModel> prepare_sampling(const Checkpoint& checkpoint, const Execution& exec) {
+  return std::make_shared<SamplingModel>(
+      SamplingModelOptions{.config = checkpoint.config,
+                           .schedule = checkpoint.schedule,
+                           .parameters = checkpoint.parameters,
+                           .dtype = checkpoint.dtype,
+                           .null_label = checkpoint.has_null_class ? checkpoint.num_classes : -1,
+                           .exec = exec});
+}
 
 }  // namespace flexdit

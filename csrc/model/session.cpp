@@ -21,7 +21,7 @@ std::string text(double value) {
 // Rows of model_modulation for some steps of a request; requests that were computed together share the table.
 struct Modulations {
   std::shared_ptr<Buffer> table;
-  int64_t row = 0;         // of the first step
+  int64_t row = 0;            // of the first step
   size_t begin = 0, end = 0;  // steps
 };
 
@@ -152,7 +152,7 @@ class Session::Implementation {
     for (const SamplerStep& step : r.steps) {
       require(step.timestep >= 0 && step.timestep <= last,
               "a step's timestep is " + text(step.timestep) + ", must lie in [0, " + text(last) + "]");
-      require(!step.learned_variance || c.out_channels == 2 * c.in_channels,
+      require(!step.learned_variance || c.learned_variance(),
               "learned_variance is set, but the model has no variance channels");
     }
     require(r.steps[0].x0_previous_coef == 0, "the first step reads the x0 of a step before it");
@@ -160,8 +160,8 @@ class Session::Implementation {
             "guidance is " + text(r.guidance) + ", must be finite and at least 0");
     require(r.guidance == 1 || prepared_.null_label >= 0,
             "guidance is " + text(r.guidance) + ", but the model has no null class: only 1 is allowed");
-    require(r.guidance_begin <= r.guidance_end, "guidance_begin is " + text(r.guidance_begin) +
-                                                    ", must be at most guidance_end, " + text(r.guidance_end));
+    require(r.guidance_begin <= r.guidance_end,
+            "guidance_begin is " + text(r.guidance_begin) + ", must be at most guidance_end, " + text(r.guidance_end));
     if (r.height == 0) r.height = c.input_height;
     if (r.width == 0) r.width = c.input_width;
     constexpr int64_t kMaxSide = 1 << 14;
@@ -244,9 +244,9 @@ class Session::Implementation {
 
   void arrange() {
     const auto now = engine_.occupants();
-    const bool same = now.size() == active_.size() &&
-                      std::equal(now.begin(), now.end(), active_.begin(),
-                                 [](const Occupant& o, const Active& a) { return o.id == a.id; });
+    const bool same =
+        now.size() == active_.size() && std::equal(now.begin(), now.end(), active_.begin(),
+                                                   [](const Occupant& o, const Active& a) { return o.id == a.id; });
     if (same) return;
     std::vector<Occupant> occupants;
     for (const Active& a : active_) occupants.push_back({a.id, a.dense, a.request.seed});
@@ -332,6 +332,7 @@ class Session::Implementation {
     const int64_t rows = out.rows, workspace = model_modulation_workspace_bytes(prepared_.config, rows, out.dtype);
     modulation_workspace_.reserve(workspace + rows * 16, exec);  // and t and labels
     char* inputs = modulation_workspace_.as<char>() + workspace;
+    modulation_workspace_.discard();
     uploader_.upload(inputs, t.data(), rows * 8, exec);
     uploader_.upload(inputs + rows * 8, labels.data(), rows * 8, exec);
     model_modulation({.config = prepared_.config,

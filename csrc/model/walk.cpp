@@ -11,7 +11,7 @@ Walk::Walk(const ModelForward& p, bool keeps_context, const Execution* exec)
       c_(p.config),
       exec_(exec),
       keeps_(keeps_context),
-      kept_(p.context),
+      kept_(p.context, exec != nullptr),
       scratch_(p.workspace),
       kinds_(model_blocks(p.config)),
       layout_(p.layout) {
@@ -43,7 +43,9 @@ Walk::Walk(const ModelForward& p, bool keeps_context, const Execution* exec)
 // A place for tokens: kept for backward, or the one of two buffers that does not hold `busy`.
 Matrix Walk::place(bool sparse, const Matrix& busy) {
   if (keeps_) return kept_.matrix(sparse ? sparse_rows_ : rows_, c_.hidden, p_.dtype);
-  return buffers_[sparse][busy.data == buffers_[sparse][0].data ? 1 : 0];
+  const Matrix& other = buffers_[sparse][busy.data == buffers_[sparse][0].data ? 1 : 0];
+  if (exec_) discard(other);
+  return other;
 }
 
 void* Walk::temporary(int64_t bytes) {

@@ -5,6 +5,7 @@
 #include "flexdit/ops.h"
 #include "ops/device.h"
 #include "ops/message.h"
+#include "ops/trace.h"
 
 namespace flexdit {
 
@@ -22,24 +23,31 @@ class Checker {
   // with these rows, says how many there can be.
   int64_t rows(const TokenLayout& layout, const Matrix& first) const { return on_cpu_ ? layout.total() : first.rows; }
 
-  void matrix(const char* field, const Matrix& m, int64_t rows, int64_t cols) { view(field, m, rows, cols, false); }
+  void matrix(const char* field, const Matrix& m, int64_t rows, int64_t cols, Access access = Access::read) {
+    view(field, m, rows, cols, false, access);
+  }
   // At least `rows` rows: buffers of packed tokens may have spare ones at the end.
-  void tokens(const char* field, const Matrix& m, int64_t rows, int64_t cols) { view(field, m, rows, cols, true); }
-  void optional(const char* field, const Matrix& m, int64_t rows, int64_t cols) {
-    if (m) matrix(field, m, rows, cols);
+  void tokens(const char* field, const Matrix& m, int64_t rows, int64_t cols, Access access = Access::read) {
+    view(field, m, rows, cols, true, access);
+  }
+  void optional(const char* field, const Matrix& m, int64_t rows, int64_t cols, Access access = Access::read) {
+    if (m) matrix(field, m, rows, cols, access);
   }
   template <class... Parts>
   void holds(bool condition, const Parts&... parts) const {
     if (!condition) refuse(op_, ": ", parts...);
   }
-  void accumulation(const char* field, const Matrix& m, int64_t rows, int64_t cols) {
+  void accumulation(const char* field, const Matrix& m, int64_t rows, int64_t cols, Access access) {
     holds(m.dtype == accumulation_type(dtype_), field, " is ", name_of(m.dtype), ", must be ",
           name_of(accumulation_type(dtype_)));
     holds(m.rows >= rows && m.cols == cols, field, " is ", Shape{m.rows, m.cols}, ", must be ", Shape{rows, cols});
+    saw(field, m, rows, access);
   }
-  void layout(const char* field, const TokenLayout& layout, int64_t batch) const {
-    holds(layout.table != nullptr, field, " is missing");
+  void layout(const char* field, const TokenLayout& layout, int64_t batch) {
+    array(field, layout.table, layout.batch + 1);
     holds(layout.batch == batch, field, " has ", layout.batch, " samples, must have ", batch);
+    // On the emulator any table can be read.
+    if (trace::recorder() && layout.row_map) array(field, layout.row_map, layout.total());
   }
   // A token is kept in a warp's registers there.
   void columns(int64_t cols) const {
@@ -52,9 +60,40 @@ class Checker {
           " backend does not compute with");
   }
   void nonzero(const char* field, const void* pointer) const { holds(pointer != nullptr, field, " is missing"); }
+  void bytes(const char* field, const void* data, int64_t count, Access access) {
+    holds(data || count == 0, field, " is missing");
+    saw(field, data, 1, count, count, access);
+  }
+  template <class T>
+  void array(const char* field, const T* data, int64_t count, Access access = Access::read) {
+    bytes(field, data, count * int64_t{sizeof(T)}, access);
+  }
+  // Packed images with `values` values for every token of a layout.
+  void images(const char* field, const void* data, const TokenLayout& layout, int64_t values, DType dtype,
+              Access access) {
+    nonzero(field, data);
+    const int64_t row = values * size_of(dtype);
+    if (trace::recorder()) saw(field, data, layout.total(), row, row, access);
+  }
+  // Addresses on the device, of rows that are read.
+  void indirect(const char* field, const void* const* rows, int64_t count, int64_t row_bytes) {
+    nonzero(field, rows);
+    saw(field, rows, count, row_bytes, 0, Access::indirect);
+  }
+  // Tells the recorder; right before the launch.
+  void launches() const {
+    if (trace::recorder()) trace::recorder()->operation(op_, views_);
+  }
 
  private:
-  void view(const char* field, const Matrix& m, int64_t rows, int64_t cols, bool spare) {
+  void saw(const char* field, const void* data, int64_t rows, int64_t row_bytes, int64_t stride_bytes, Access access) {
+    if (trace::recorder() && access != Access::none)
+      views_.push_back({field, data, rows, row_bytes, stride_bytes, access});
+  }
+  void saw(const char* field, const Matrix& m, int64_t rows, Access access) {
+    saw(field, m.data, rows, m.cols * size_of(m.dtype), m.stride * size_of(m.dtype), access);
+  }
+  void view(const char* field, const Matrix& m, int64_t rows, int64_t cols, bool spare, Access access) {
     holds(m.data || rows == 0 || cols == 0, field, " is missing");
     holds((spare ? m.rows >= rows : m.rows == rows) && m.cols == cols, field, " is ", Shape{m.rows, m.cols},
           ", must be ", (spare ? "at least " : ""), Shape{rows, cols});
@@ -64,12 +103,14 @@ class Checker {
     typed_ = true;
     dtype_ = m.dtype;
     storage(field, dtype_);
+    saw(field, m, rows, access);
   }
 
   const char* op_;
   bool on_cpu_;
   bool typed_ = false;
   DType dtype_ = DType::float32;
+  std::vector<trace::View> views_;
 };
 
 }  // namespace flexdit

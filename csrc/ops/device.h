@@ -10,14 +10,15 @@ namespace flexdit {
 
 inline int threads_of(const Execution& exec) { return exec.threads > 0 ? exec.threads : omp_get_max_threads(); }
 
-// Calls one of two functions with `p` on `exec`; without CUDA kernels the second does not exist, and the checks before
-// have refused the device.
+// Calls one of two functions with `p` on `exec`, after `check`; without CUDA kernels the second does not exist, and the
+// checks have refused the device.
 #ifdef FLEXDIT_CUDA
 constexpr bool kHasCuda = true;
-#define FLEXDIT_RUN(on_cpu, on_cuda) exec.device == Device::cpu ? on_cpu(p, threads_of(exec)) : on_cuda(p, exec)
+#define FLEXDIT_RUN(on_cpu, on_cuda) \
+  (check.launches(), exec.device == Device::cpu ? on_cpu(p, threads_of(exec)) : on_cuda(p, exec))
 #else
 constexpr bool kHasCuda = false;
-#define FLEXDIT_RUN(on_cpu, on_cuda) on_cpu(p, threads_of(exec))
+#define FLEXDIT_RUN(on_cpu, on_cuda) (check.launches(), on_cpu(p, threads_of(exec)))
 #endif
 
 }  // namespace flexdit

@@ -9,6 +9,7 @@
 
 #include "cuda/runtime.h"
 #include "ops/device.h"
+#include "ops/trace.h"
 
 namespace flexdit {
 
@@ -25,6 +26,7 @@ class Buffer {
   Buffer() = default;
   Buffer(int64_t bytes, const Execution& exec) : exec_(exec), bytes_(bytes > 0 ? bytes : 1) {
     data_ = FLEXDIT_ON(exec, host(bytes_), cuda::allocate(bytes_, exec));
+    if (trace::recorder()) trace::recorder()->allocated(data_, bytes_);
   }
   Buffer(Buffer&& other) noexcept { *this = std::move(other); }
   Buffer& operator=(Buffer&& other) noexcept {
@@ -32,7 +34,8 @@ class Buffer {
     return *this;
   }
   ~Buffer() {
-    if (data_) FLEXDIT_ON(exec_, std::free(data_), cuda::release(data_, exec_));
+    if (!data_ || (trace::recorder() && trace::recorder()->keeps(data_))) return;
+    FLEXDIT_ON(exec_, std::free(data_), cuda::release(data_, exec_));
   }
 
   void* data() const { return data_; }
@@ -48,6 +51,9 @@ class Buffer {
     *this = Buffer(bytes, exec);
     return true;
   }
+  // What lies there is not to be read any more: only the arena checker listens.
+  void discard() const { trace::discard(data_, bytes_); }
+  void discard(int64_t begin, int64_t count) const { trace::discard(as<char>() + begin, count); }
 
  private:
   static void* host(int64_t bytes) {
@@ -63,8 +69,9 @@ class Buffer {
 
 // In the order of exec's stream. Host memory must stay until the copy is done: see Uploads for what may go.
 inline void copy_bytes(void* to, const void* from, int64_t bytes, const Execution& exec) {
-  if (bytes > 0)
-    FLEXDIT_ON(exec, (void)std::memcpy(to, from, static_cast<size_t>(bytes)), cuda::copy(to, from, bytes, exec));
+  if (bytes <= 0) return;
+  trace::copy(to, from, bytes);
+  FLEXDIT_ON(exec, (void)std::memcpy(to, from, static_cast<size_t>(bytes)), cuda::copy(to, from, bytes, exec));
 }
 inline void synchronize(const Execution& exec) { FLEXDIT_ON(exec, void(), cuda::synchronize(exec)); }
 
@@ -72,7 +79,9 @@ inline void synchronize(const Execution& exec) { FLEXDIT_ON(exec, void(), cuda::
 class Uploader {
  public:
   void upload(void* to, const void* from, int64_t bytes, const Execution& exec) {
-    FLEXDIT_ON(exec, copy_bytes(to, from, bytes, exec), slots().upload(to, from, bytes, exec));
+    if (exec.device == Device::cpu) return copy_bytes(to, from, bytes, exec);
+    trace::copy(to, from, bytes);
+    FLEXDIT_ON(exec, void(), slots().upload(to, from, bytes, exec));
   }
 
  private:

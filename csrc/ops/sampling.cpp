@@ -55,8 +55,8 @@ void check_numbers(const Checker& check, const DenoiseStep& p) {
 void normal_noise(const NormalNoise& p, const Execution& exec) {
   Checker check("normal_noise", exec);
   check_state(check, "out", p.out.dtype);
-  check.matrix("out", p.out, p.out.rows, p.out.cols);
-  check.holds(p.seeds != nullptr || p.out.rows == 0, "seeds is missing");
+  check.matrix("out", p.out, p.out.rows, p.out.cols, Access::write);
+  check.array("seeds", p.seeds, p.out.rows);
   FLEXDIT_RUN(cpu::kernels().normal_noise, cuda::normal_noise);
 }
 
@@ -72,10 +72,11 @@ void denoise_step(const DenoiseStep& p, const Execution& exec) {
   check_state(check, "state", p.state);
   check_room(check, "layout", p.layout, p.rows);
   if (p.rows == 0) return;
-  check.nonzero("numbers", p.numbers);
-  check.nonzero("output", p.output);
-  check.nonzero("x", p.x);
-  check.nonzero("x0", p.x0);
+  const int64_t area = p.patch * p.patch;
+  check.array("numbers", p.numbers, p.layout.batch);
+  check.images("output", p.output, p.model_layout, p.out_channels * area, p.dtype, Access::read);
+  check.images("x", p.x, p.layout, p.channels * area, p.state, Access::update);
+  check.images("x0", p.x0, p.layout, p.channels * area, p.state, Access::update);  // written in a first step
   if (check.on_cpu()) check_numbers(check, p);
   FLEXDIT_RUN(cpu::kernels().denoise_step, cuda::denoise_step);
 }
@@ -89,9 +90,10 @@ void model_input(const ModelInput& p, const Execution& exec) {
   check_state(check, "state", p.state);
   check_room(check, "model_layout", p.model_layout, p.rows);
   if (p.rows == 0) return;
-  check.nonzero("samples", p.samples);
-  check.nonzero("x", p.x);
-  check.nonzero("input", p.input);
+  const int64_t values = p.channels * p.patch * p.patch;
+  check.array("samples", p.samples, p.model_layout.batch);
+  check.images("x", p.x, p.layout, values, p.state, Access::read);
+  check.images("input", p.input, p.model_layout, values, p.dtype, Access::write);
   for (int64_t m = 0; check.on_cpu() && m < p.model_layout.batch; ++m)
     check_sample(check, "samples[" + std::to_string(m) + "]", p.samples[m], p.layout, p.model_layout.grid(m));
   FLEXDIT_RUN(cpu::kernels().model_input, cuda::model_input);
@@ -99,7 +101,7 @@ void model_input(const ModelInput& p, const Execution& exec) {
 
 void guidance_combine(const GuidanceCombine& p, const Execution& exec) {
   Checker check("guidance_combine", exec);
-  check.matrix("images", p.images, p.images.rows, p.images.cols);
+  check.matrix("images", p.images, p.images.rows, p.images.cols, Access::update);
   check.holds(p.images.rows % 2 == 0, "images has ", p.images.rows, " rows, must be even");
   check.holds(p.channels >= 1 && p.images.cols % p.channels == 0, "channels is ", p.channels, ", must divide the ",
               p.images.cols, " columns of images");
@@ -109,9 +111,9 @@ void guidance_combine(const GuidanceCombine& p, const Execution& exec) {
 
 void gather_rows(const GatherRows& p, const Execution& exec) {
   Checker check("gather_rows", exec);
-  check.matrix("out", p.out, p.out.rows, p.out.cols);
+  check.matrix("out", p.out, p.out.rows, p.out.cols, Access::write);
   if (p.out.rows == 0) return;
-  check.nonzero("rows", p.rows);
+  check.indirect("rows", p.rows, p.out.rows, p.out.cols * size_of(p.out.dtype));
   for (int64_t b = 0; check.on_cpu() && b < p.out.rows; ++b)
     check.nonzero(("rows[" + std::to_string(b) + "]").c_str(), p.rows[b]);
   FLEXDIT_RUN(cpu::kernels().gather_rows, cuda::gather_rows);

@@ -89,7 +89,81 @@ void bind_blocks(py::module_& m) {
         });
 }
 
+// What a block in PixArt's style has besides: Python's (attention_table, across_frames, max_positions, caption,
+// caption_table), tables and caption None where there are none. The condition is the modulation.
+void add_style(BlockForward& p, const py::tuple& style, const Execution& exec) {
+  p.shape.style.shared_modulation = true;
+  p.attention_layout = layout(style[0]);
+  p.across_frames = style[1].cast<bool>(), p.max_positions = style[2].cast<int64_t>();
+  if (style[3].is_none()) return;
+  p.shape.style.caption = true;
+  p.caption_layout = layout(style[4]);
+  p.caption = token_rows(style[3], p.caption_layout, exec);
+  p.shape.caption_rows = p.caption.rows;
+}
+
+void bind_single_blocks(py::module_& m) {
+  m.def("single_block_parameters", [](BlockKind kind, int64_t hidden, int64_t mlp_hidden, bool caption) {
+    std::vector<std::string> names;
+    for (const auto& spec : block_parameters(kind, hidden, mlp_hidden, {true, caption})) names.push_back(spec.name);
+    return names;
+  });
+  m.def("single_block_bytes", [](BlockKind kind, int64_t hidden, int64_t mlp_hidden, int64_t num_heads, int64_t batch,
+                                 int64_t rows, int64_t other_rows, bool caption, int64_t caption_rows, py::object like) {
+    const BlockShape shape{kind,       hidden,         mlp_hidden,      num_heads,   batch, rows,
+                           other_rows, dtype_of(like), {true, caption}, caption_rows};
+    return py::make_tuple(block_context_bytes(shape), block_workspace_bytes(shape, false),
+                          block_workspace_bytes(shape, true), block_backward_workspace_bytes(shape));
+  });
+  m.def("single_block_forward",
+        [](BlockKind kind, const py::sequence& parameters, int64_t num_heads, py::object x, py::object other,
+           py::object modulation, py::object table, py::object other_table, const py::tuple& style, py::object out,
+           py::object context, py::object workspace, const Execution& exec) {
+          const auto list = matrices(parameters);
+          BlockForward p =
+              block_fields(kind, list, num_heads, x, other, modulation, table, other_table, kLayerNormEps, exec);
+          add_style(p, style, exec);
+          p.out = token_rows(out, p.layout, exec);
+          p.context = pointer<void>(context), p.workspace = pointer<void>(workspace);
+          {
+            const py::gil_scoped_release release;
+            block_forward(p, exec);
+          }
+          clear_spare_rows(matrix(out), p.layout, exec);
+        });
+  m.def("single_block_backward",
+        [](BlockKind kind, const py::sequence& parameters, int64_t num_heads, py::object x, py::object other,
+           py::object modulation, py::object table, py::object other_table, const py::tuple& style, py::object context,
+           py::object grad_out, py::object grad_x, py::object grad_other, py::object grad_modulation,
+           py::object grad_caption, const py::sequence& grad_parameters, py::object workspace, const Execution& exec) {
+          const auto list = matrices(parameters), grads = matrices(grad_parameters);
+          BlockBackward p;
+          static_cast<BlockForward&>(p) =
+              block_fields(kind, list, num_heads, x, other, modulation, table, other_table, kLayerNormEps, exec);
+          add_style(p, style, exec);
+          p.context = pointer<void>(context), p.workspace = pointer<void>(workspace);
+          p.grad_out = token_rows(grad_out, p.layout, exec), p.grad_x = token_rows(grad_x, p.layout, exec);
+          p.grad_other = token_rows(grad_other, p.other_layout, exec);
+          p.grad_condition = matrix(grad_modulation);
+          if (p.shape.style.caption) p.grad_caption = token_rows(grad_caption, p.caption_layout, exec);
+          p.grad_parameters = grads;
+          {
+            const py::gil_scoped_release release;
+            block_backward(p, exec);
+          }
+          clear_spare_rows(matrix(grad_x), p.layout, exec);
+          clear_spare_rows(matrix(grad_other), p.other_layout, exec);
+          clear_spare_rows(matrix(grad_caption), p.caption_layout, exec);
+        });
+}
+
 void bind_ends(py::module_& m) {
+  py::class_<Patches>(m, "Patches", py::module_local())
+      .def(py::init(
+               [](int64_t channels, int64_t patch, bool channels_last) {
+                 return Patches{.channels = channels, .patch = patch, .channels_last = channels_last};
+               }),
+           py::arg("channels"), py::arg("patch"), py::arg("channels_last"));
   m.def("final_layer_workspace", [](py::object x, int64_t batch, int64_t patch_values) {
     const Matrix view = matrix(x);
     return final_layer_workspace_bytes(batch, view.rows, view.cols, patch_values, view.dtype);
@@ -123,6 +197,11 @@ void bind_ends(py::module_& m) {
           patchify(image, exec);
           final_layer_backward(p, exec);
         });
+  m.def("timestep_embedding", [](py::object t, int64_t shift, py::object out, const Execution& exec) {
+    const TimestepEmbedding p{.t = pointer<const double>(t), .out = matrix(out), .shift = shift};
+    const py::gil_scoped_release release;
+    timestep_embedding(p, exec);
+  });
   m.def("condition_workspace", [](py::object features, int64_t hidden) {
     const Matrix view = matrix(features);
     return condition_workspace_bytes(view.rows, hidden, view.cols, view.dtype);
@@ -149,12 +228,6 @@ void bind_ends(py::module_& m) {
           const py::gil_scoped_release release;
           condition_backward(p, exec);
         });
-  py::class_<Patches>(m, "Patches", py::module_local())
-      .def(py::init(
-               [](int64_t channels, int64_t patch, bool channels_last) {
-                 return Patches{.channels = channels, .patch = patch, .channels_last = channels_last};
-               }),
-           py::arg("channels"), py::arg("patch"), py::arg("channels_last"));
   m.def("patch_embed_workspace", [](py::object rows, int64_t hidden) {
     const Matrix view = matrix(rows);
     return patch_embed_backward_workspace_bytes(view.rows, hidden, view.cols, view.dtype);
@@ -262,6 +335,7 @@ void bind_whole_model(py::module_& m) {
 
 void bind_model(py::module_& m) {
   bind_blocks(m);
+  bind_single_blocks(m);
   bind_ends(m);
   bind_whole_model(m);
 }

@@ -164,7 +164,8 @@ void bind_guidance(py::module_& m) {
 
 void bind_attention(py::module_& m) {
   m.def("attention", [](py::object q, py::object k, py::object v, int64_t num_heads, py::object table_q,
-                        py::object table_k, py::object out, py::object lse, const Execution& exec) {
+                        py::object table_k, bool across_frames, int64_t max_positions, py::object out, py::object lse,
+                        const Execution& exec) {
     run(attention,
         Attention{.q = matrix(q),
                   .k = matrix(k),
@@ -173,17 +174,21 @@ void bind_attention(py::module_& m) {
                   .layout_k = layout(table_k),
                   .num_heads = num_heads,
                   .out = matrix(out),
-                  .lse = matrix(lse)},
+                  .lse = matrix(lse),
+                  .across_frames = across_frames,
+                  .max_positions = max_positions},
         exec);
     clear_spare_rows(matrix(out), layout(table_q), exec);
     clear_spare_rows(matrix(lse), layout(table_q), exec);
   });
   m.def("attention_backward", [](py::object q, py::object k, py::object v, int64_t num_heads, py::object table_q,
-                                 py::object table_k, py::object out, py::object lse, py::object grad_out,
+                                 py::object table_k, bool across_frames, int64_t max_positions, py::object out,
+                                 py::object lse, py::object grad_out,
                                  py::object grad_q, py::object grad_k, py::object grad_v, const Execution& exec) {
     AttentionBackward p;
     p.q = matrix(q), p.k = matrix(k), p.v = matrix(v), p.out = matrix(out), p.lse = matrix(lse);
     p.layout_q = layout(table_q), p.layout_k = layout(table_k), p.num_heads = num_heads;
+    p.across_frames = across_frames, p.max_positions = max_positions;
     p.grad_out = matrix(grad_out);
     p.grad_q = matrix(grad_q), p.grad_k = matrix(grad_k), p.grad_v = matrix(grad_v);
     run(attention_backward, p, exec);

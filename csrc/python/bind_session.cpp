@@ -1,6 +1,9 @@
 // Samplers, noise and sessions.
 #include <pybind11/numpy.h>
 
+#include <variant>
+
+#include "flexdit/checkpoint.h"
 #include "flexdit/session.h"
 #include "python/tensors.h"
 
@@ -60,9 +63,15 @@ void bind_samplers(py::module_& m) {
         return py::make_tuple(s.timestep, s.x0_from_x, s.x0_from_output, s.x_coef, s.x0_coef, s.x0_previous_coef,
                               s.noise_coef, s.learned_variance, s.log_variance_small, s.log_variance_large);
       });
-  m.def("sampler_steps", [](const std::string& sampler, int64_t steps, double eta, bool learned_variance) {
-    return sampler_steps(sampler_kind(sampler), steps, eta, learned_variance);
-  });
+  m.def(
+      "sampler_steps",
+      [](const std::string& sampler, const std::variant<int64_t, std::vector<int64_t>>& steps, double eta,
+         bool learned_variance) {
+        const auto table = [&](const auto& s) { return sampler_steps(sampler_kind(sampler), s, eta, learned_variance); };
+        return std::visit(table, steps);
+      },
+      py::arg("sampler"), py::arg("steps"), py::arg("eta"), py::arg("learned_variance"),
+      "steps: their number, or for ddim and ddpm the timesteps, ascending.");
   m.def("derive_seed", &derive_seed);
   m.def("normal_noise", [](const std::vector<uint64_t>& seeds, uint32_t draw, py::object out, int threads) {
     const NormalNoise p{.seeds = seeds.data(), .draw = draw, .out = matrix(out)};
@@ -76,6 +85,13 @@ void bind_samplers(py::module_& m) {
 
 void bind_session(py::module_& m) {
   bind_samplers(m);
+  py::register_local_exception<CheckpointError>(m, "CheckpointError", PyExc_ValueError);
+  py::class_<Checkpoint>(m, "Checkpoint", py::module_local())
+      .def(py::init([](const std::string& path, std::optional<DType> dtype) { return Checkpoint::load(path, dtype); }),
+           py::arg("path"), py::arg("dtype"), py::call_guard<py::gil_scoped_release>())
+      .def_readonly("config", &Checkpoint::config)
+      .def_readonly("schedule", &Checkpoint::schedule)
+      .def_readonly("dtype", &Checkpoint::dtype);
   py::class_<SamplingModel, std::shared_ptr<SamplingModel>>(m, "SamplingModel", py::module_local())
       .def(py::init([](const Config& config, const DensitySchedule& schedule, const py::sequence& parameters,
                        int64_t null_label, const Execution& exec) {
@@ -89,7 +105,12 @@ void bind_session(py::module_& m) {
              const py::gil_scoped_release release;
              return std::make_shared<SamplingModel>(options);
            }),
-           py::arg("config"), py::arg("schedule"), py::arg("parameters"), py::arg("null_label"), py::arg("exec"));
+           py::arg("config"), py::arg("schedule"), py::arg("parameters"), py::arg("null_label"), py::arg("exec"))
+      .def(py::init([](const Checkpoint& checkpoint, const Execution& exec) {
+             const py::gil_scoped_release release;
+             return std::const_pointer_cast<SamplingModel>(prepare_sampling(checkpoint, exec));
+           }),
+           py::arg("checkpoint"), py::arg("exec"));
   py::register_local_exception<QueueFull>(m, "QueueFull", PyExc_RuntimeError);
   py::class_<PythonSession>(m, "Session", py::module_local())
       .def(py::init([](std::shared_ptr<SamplingModel> model, int64_t max_batch, int64_t queue_capacity,

@@ -44,15 +44,9 @@ inline double difference_in_company(const TestModel& test_model, const std::shar
     const auto found = wanted.find(f.id);
     if (found == wanted.end()) continue;  // finished before it was to be cancelled
     ++seen;
-    const Values got = image_of(f), &exact = found->second;
-    double largest = 0;
-    for (const double v : exact.v) largest = std::max(largest, std::abs(v));
-    CHECK_NOTE(got.v.size() == exact.v.size() && largest > 0 && std::isfinite(largest), "seed ", seed, ": ", f.error);
-    if (identical(got, exact)) continue;
-    for (size_t i = 0; i < got.v.size() && i < exact.v.size(); ++i) {
-      const double d = std::abs(got.v[i] - exact.v[i]) / largest;
-      worst = std::isnan(d) ? INFINITY : std::max(worst, d);
-    }
+    const Values got = image_of(f);
+    CHECK_NOTE(f.error.empty(), "seed ", seed, ": ", f.error);
+    if (!identical(got, found->second)) worst = std::max(worst, relative_difference(got, found->second));
   }
   CHECK_NOTE(seen == wanted.size(), "seed ", seed, ": ", seen, " images of ", wanted.size());
   return worst;

@@ -1,4 +1,5 @@
-# Installs the build into a prefix, moves the prefix, and configures, builds and runs csrc/tests/consumer against it.
+# Installs the build into a prefix, moves the prefix, and configures, builds and runs csrc/tests/consumer and
+# examples/cpp/sample.cpp against it.
 function(run)
   execute_process(COMMAND ${ARGV} COMMAND_ECHO STDOUT RESULT_VARIABLE status)
   if(NOT status EQUAL 0)
@@ -29,13 +30,22 @@ if(SANITIZE)
   set(flags -DCMAKE_CXX_FLAGS=-fsanitize=${SANITIZE} -DCMAKE_C_FLAGS=-fsanitize=${SANITIZE})
 endif()
 run(${CMAKE_COMMAND} -S ${SOURCE}/csrc/tests/consumer -B ${WORK}/build -G ${GENERATOR}
-    -DCMAKE_MAKE_PROGRAM=${MAKE_PROGRAM} -DCMAKE_CXX_COMPILER=${COMPILER} -DCMAKE_PREFIX_PATH=${WORK}/moved ${flags})
+    -DCMAKE_MAKE_PROGRAM=${MAKE_PROGRAM} -DCMAKE_CXX_COMPILER=${COMPILER} -DCMAKE_PREFIX_PATH=${WORK}/moved
+    -DEXAMPLES=${SOURCE}/examples/cpp ${flags})
 run(${CMAKE_COMMAND} --build ${WORK}/build --config ${CONFIG})
 set(names consumer)
 if(C_API)
   list(APPEND names c_consumer)
 endif()
-foreach(name ${names})
+foreach(name ${names} sample)
   find_program(program_${name} ${name} PATHS ${WORK}/build ${WORK}/build/${CONFIG} NO_DEFAULT_PATH REQUIRED)
-  run(${program_${name}} ${SOURCE}/csrc/tests/data/tiny)
+  set(arguments ${SOURCE}/csrc/tests/data/tiny)
+  if(name STREQUAL "sample")
+    list(APPEND arguments ${WORK}/sample.pgm --labels 0,2 --steps 2)
+  endif()
+  run(${program_${name}} ${arguments})
 endforeach()
+file(SIZE ${WORK}/sample.pgm size)
+if(NOT size EQUAL 8206)  # 14 bytes of header, 2 images of 8 x 8 pixels, 8 times as large
+  message(FATAL_ERROR "sample.pgm has ${size} bytes")
+endif()

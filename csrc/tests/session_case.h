@@ -20,7 +20,8 @@ struct TestModel {
   TestModel(const Config& c, const DensitySchedule& s, uint64_t seed = 5) : config(c), schedule(s) {
     Random random(seed);
     for (const ParameterSpec& spec : model_parameters(c))
-      parameters.push_back(random_values(spec.rows, spec.cols, random, spec.rows == 1 ? 0.25 : 1 / std::sqrt(spec.cols)));
+      parameters.push_back(
+          random_values(spec.rows, spec.cols, random, spec.rows == 1 ? 0.25 : 1 / std::sqrt(spec.cols)));
   }
   int64_t null_label() const { return config.label_rows - 1; }
 
@@ -110,7 +111,8 @@ class NaiveSampler {
     for (int64_t y = 0; y < g.height; ++y)
       for (int64_t x = 0; x < g.width; ++x)
         for (int64_t i = 0; i < config_.hidden; ++i) {
-          const double place = double(i < 2 * quarter ? x : y) / std::pow(10000., double(i % quarter) / double(quarter));
+          const double place =
+              double(i < 2 * quarter ? x : y) / std::pow(10000., double(i % quarter) / double(quarter));
           out(y * g.width + x, i) = float(i / quarter % 2 ? std::cos(place) : std::sin(place));
         }
     return out;
@@ -118,7 +120,9 @@ class NaiveSampler {
   Grid sparse_grid(double t) const {
     if (r_.sparse_grid) return *r_.sparse_grid;
     const Grid g = schedule_.grid(t), dense = config_.dense_grid();
-    const auto scaled = [](int side, int from, int to) { return std::max(1, int(std::lround(double(side) * to / from))); };
+    const auto scaled = [](int side, int from, int to) {
+      return std::max(1, int(std::lround(double(side) * to / from)));
+    };
     return {1, scaled(g.height, own_.height, dense.height), scaled(g.width, own_.width, dense.width)};
   }
   Values call(const Values& x, double t, int64_t label) {
@@ -138,8 +142,7 @@ class NaiveSampler {
     const int64_t pixels = config_.input_height * config_.input_width;
     if (r_.guidance != 1 && t >= r_.guidance_begin && t <= r_.guidance_end) {
       const Values null = call(x, t, null_label_);
-      for (int64_t i = 0; i < guided_ * pixels; ++i)
-        out(0, i) = null(0, i) + r_.guidance * (out(0, i) - null(0, i));
+      for (int64_t i = 0; i < guided_ * pixels; ++i) out(0, i) = null(0, i) + r_.guidance * (out(0, i) - null(0, i));
     }
     const Values all = out;
     out = Values(1, config_.in_channels * pixels);
@@ -161,11 +164,14 @@ class NaiveSampler {
     return product;
   }
 
-  // DDIM, arXiv 2010.02502, eq. 12 and 16; DDPM, arXiv 2006.11239, eq. 7, with IDDPM's variance, arXiv 2102.09672, eq. 15.
+  // DDIM, arXiv 2010.02502, eq. 12 and 16; DDPM, arXiv 2006.11239, eq. 7, with IDDPM's variance, arXiv 2102.09672,
+  // eq. 15.
   Values diffuse(const SamplerCase& c, Values x) {
     const auto timesteps = space_timesteps(c.steps);
     const auto power = [&](int64_t k) { return k < 0 ? 1 : signal_power(double(timesteps[size_t(k)])); };
-    const auto posterior = [&](int64_t k) { return (1 - power(k - 1)) / (1 - power(k)) * (1 - power(k) / power(k - 1)); };
+    const auto posterior = [&](int64_t k) {
+      return (1 - power(k - 1)) / (1 - power(k)) * (1 - power(k) / power(k - 1));
+    };
     for (int64_t k = c.steps - 1; k >= 0; --k) {
       const double now = power(k), before = power(k - 1), beta = 1 - now / before;
       const Values epsilon = predict(x, double(timesteps[size_t(k)]));
@@ -241,6 +247,18 @@ inline Values alone(const std::shared_ptr<const SamplingModel>& model, const Sam
   return image_of(*done);
 }
 
+// max |got - wanted| / max |wanted|; infinity for a NaN or another size.
+inline double relative_difference(const Values& got, const Values& wanted) {
+  if (got.v.size() != wanted.v.size()) return INFINITY;
+  double worst = 0, largest = 0;
+  for (size_t i = 0; i < wanted.v.size(); ++i) {
+    const double d = std::abs(got.v[i] - wanted.v[i]);
+    worst = std::isnan(d) ? INFINITY : std::max(worst, d);
+    largest = std::max(largest, std::abs(wanted.v[i]));
+  }
+  return worst / largest;
+}
+
 // Any sampler, guidance, interval and size.
 inline SampleRequest random_request(Random& random, const TestModel& model, int64_t most_steps) {
   const Config& c = model.config;
@@ -248,12 +266,14 @@ inline SampleRequest random_request(Random& random, const TestModel& model, int6
   sampler.kind = static_cast<SamplerKind>(random.below(5));
   sampler.steps = 1 + random.below(most_steps);
   if (sampler.kind == SamplerKind::ddim && random.below(2)) sampler.eta = 0.5;
-  if (sampler.kind == SamplerKind::ddpm) sampler.learned_variance = c.out_channels == 2 * c.in_channels && random.below(2);
+  if (sampler.kind == SamplerKind::ddpm)
+    sampler.learned_variance = c.out_channels == 2 * c.in_channels && random.below(2);
   SampleRequest r{.label = random.below(c.label_rows), .seed = random.next(), .steps = sampler.table()};
   const double guidances[] = {1, 1, 0, 1.5, 4};
   r.guidance = guidances[random.below(5)];
   if (random.below(3) == 0) r.guidance_begin = 200, r.guidance_end = 800;
-  if (random.below(3) == 0) r.height = c.patch_size * (1 + random.below(6)), r.width = c.patch_size * (1 + random.below(6));
+  if (random.below(3) == 0)
+    r.height = c.patch_size * (1 + random.below(6)), r.width = c.patch_size * (1 + random.below(6));
   if (random.below(4) == 0) r.sparse_grid = Grid{1, 1, 1};
   r.clip_x0 = sampler.kind <= SamplerKind::ddpm && random.below(2);
   return r;

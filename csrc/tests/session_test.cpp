@@ -38,7 +38,8 @@ const std::shared_ptr<const SamplingModel>& tiny() {
 TEST_CASE(images_do_not_depend_on_company) {
   const TestModel tiny(tiny_config(), tiny_schedule());
   Config other = tiny_config();
-  other.num_sdtm = 2, other.num_pooling_blocks = 0, other.reinject_position = true, other.hidden = 36, other.mlp_hidden = 100;
+  other.num_sdtm = 2, other.num_pooling_blocks = 0, other.reinject_position = true, other.hidden = 36,
+  other.mlp_hidden = 100;
   const TestModel reinjects(other, tiny_schedule());
   const TestModel wide(wide_config(), DensitySchedule({{1, 5, 5}, {1, 4, 4}, {1, 3, 3}}));
   for (const DType dtype : {DType::float32, DType::float64, DType::bfloat16}) {
@@ -107,7 +108,8 @@ TEST_CASE(more_sizes_than_are_kept) {
 TEST_CASE(queue_and_states) {
   Session session(tiny(), {.max_batch = 2, .queue_capacity = 3});
   CHECK_EQ(session.step(), 0);
-  const int64_t a = session.add(simple_request(2)), b = session.add(simple_request(3)), c = session.add(simple_request(1));
+  const int64_t a = session.add(simple_request(2)), b = session.add(simple_request(3)),
+                c = session.add(simple_request(1));
   CHECK(a != b && b != c && session.queued() == 3 && session.active() == 0);
   CHECK(session.state(a) == RequestState::queued && session.state(c + 1) == RequestState::unknown);
   CHECK_EQ(message_of<QueueFull>([&] { session.add(simple_request()); }),
@@ -181,8 +183,10 @@ TEST_CASE(bad_requests) {
   refused([](auto& r) { r.height = 7; }, "height is 7, must be a multiple of the patch size 2 from it to 16384");
   refused([](auto& r) { r.width = -2; }, "width is -2, must be a multiple of the patch size 2 from it to 16384");
   refused([](auto& r) { r.width = 16386; }, "width is 16386, must be a multiple of the patch size 2 from it to 16384");
-  refused([](auto& r) { r.sparse_grid = Grid{1, 4, 4}; }, "sparse_grid is (4, 4), must lie within the dense grid (3, 4)");
-  refused([](auto& r) { r.sparse_grid = Grid{1, 0, 4}; }, "sparse_grid is (0, 4), must lie within the dense grid (3, 4)");
+  refused([](auto& r) { r.sparse_grid = Grid{1, 4, 4}; },
+          "sparse_grid is (4, 4), must lie within the dense grid (3, 4)");
+  refused([](auto& r) { r.sparse_grid = Grid{1, 0, 4}; },
+          "sparse_grid is (0, 4), must lie within the dense grid (3, 4)");
   CHECK(session.queued() == 0);
 
   Config c = tiny_config();
@@ -216,17 +220,20 @@ TEST_CASE(bad_models) {
     o.parameters = views;
     CHECK_EQ(message([&] { SamplingModel{o}; }), wanted);
   };
-  refused([](auto&, auto& v) { v.pop_back(); }, check::text("sampling model: parameters holds ", good.size() - 1,
-                                                            " tensors, must hold ", good.size()));
+  refused([](auto&, auto& v) { v.pop_back(); },
+          check::text("sampling model: parameters holds ", good.size() - 1, " tensors, must hold ", good.size()));
   refused([](auto&, auto& v) { v[2].data = nullptr; }, "sampling model: patch_embed.bias must be a contiguous [1, 48]");
   refused([](auto&, auto& v) { v[1].rows = 47; }, "sampling model: patch_embed.weight must be a contiguous [48, 8]");
   refused([](auto&, auto& v) { v[1].stride = 9; }, "sampling model: patch_embed.weight must be a contiguous [48, 8]");
   refused([](auto&, auto& v) { v[0].dtype = DType::float32; }, "sampling model: pos_embed is float32, must be float64");
-  refused([](auto& o, auto&) { o.null_label = 5; }, "sampling model: null_label is 5, must be -1 for none or lie in [0, 5)");
-  refused([](auto& o, auto&) { o.null_label = -2; }, "sampling model: null_label is -2, must be -1 for none or lie in [0, 5)");
+  refused([](auto& o, auto&) { o.null_label = 5; },
+          "sampling model: null_label is 5, must be -1 for none or lie in [0, 5)");
+  refused([](auto& o, auto&) { o.null_label = -2; },
+          "sampling model: null_label is -2, must be -1 for none or lie in [0, 5)");
   refused([](auto& o, auto&) { o.schedule = DensitySchedule({{1, 3, 5}}); },
           "sampling model: schedule has a grid that is larger than the dense one");
-  if (message([&] { SamplingModel({.config = c, .exec = {.device = Device::cuda}}); }).find("CUDA") == std::string::npos)
+  if (message([&] { SamplingModel({.config = c, .exec = {.device = Device::cuda}}); }).find("CUDA") ==
+      std::string::npos)
     CHECK(false);
 }
 
@@ -307,7 +314,8 @@ TEST_CASE(other_threads_while_one_steps) {
                   {.max_batch = 3, .queue_capacity = 5});
   std::atomic<int> running = kThreads, finished = 0;
   std::vector<Values> wanted;
-  for (int i = 0; i < kThreads * kRequests; ++i) wanted.push_back(alone(tiny(), simple_request(1 + i % 4, uint64_t(i))));
+  for (int i = 0; i < kThreads * kRequests; ++i)
+    wanted.push_back(alone(tiny(), simple_request(1 + i % 4, uint64_t(i))));
   std::vector<std::thread> clients;
   std::atomic<bool> good = true;
   for (int thread = 0; thread < kThreads; ++thread)

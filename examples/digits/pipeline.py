@@ -10,21 +10,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from classifier import DigitClassifier, train_classifier
-from dataset import DigitSplit, load_split
 from images import save_digit_grid, save_loss_curves
-from metrics import (
-    accuracy,
-    disjoint_sets_distance,
-    features,
-    frechet_distance,
-    mean_distance,
-    ratio_standard_error,
-)
+from metrics import disjoint_sets_distance, mean_distance, ratio_standard_error
 from report import count_macs, hardware, judge, write_report
 from sampling import SamplingSettings, sample_in_turn
 from torch import Tensor
 from training import Trainer, TrainingSettings
+
+from flexdit_ext.evaluation.digits import (
+    CLASSIFIER_STEPS,
+    DigitClassifier,
+    DigitSplit,
+    accuracy,
+    distance,
+    features,
+    load_split,
+    train_classifier,
+)
 
 OUTPUTS = ("report.json", "report.md", "samples.png", "samples_dense.png", "losses.png")
 
@@ -105,8 +107,8 @@ class Demo:
             | {"held_out": accuracy(classifier, digits.held_out_images, digits.held_out_labels)},
             "frechet_distance": distances
             | {
-                "by_set": {name: [frechet_distance(rows, real) for rows in sets] for name, sets in sampled.items()},
-                "held_out": frechet_distance(held_out, real),
+                "by_set": {name: [distance(rows, real) for rows in sets] for name, sets in sampled.items()},
+                "held_out": distance(held_out, real),
                 "train_halves": disjoint_sets_distance(real, digits.train_labels.numpy(), seed),
                 "ratio": distances["flexdit"] / distances["dense"],
                 "ratio_standard_error": ratio_standard_error(sampled["flexdit"], sampled["dense"], real, seed),
@@ -139,7 +141,7 @@ def make_settings(steps: int, fork_step: int, seed: int, quick: bool) -> DemoSet
     """quick: every line runs, on so few steps and samples that nothing can be learned."""
     training = TrainingSettings(steps, fork_step, seed, batch_size=16 if quick else 64)
     sampling = SamplingSettings(4 if quick else 50, sets=2 if quick else 3, steps=3 if quick else 25, seed=seed)
-    return DemoSettings(50 if quick else 600, training, sampling, judged=not quick)
+    return DemoSettings(50 if quick else CLASSIFIER_STEPS, training, sampling, judged=not quick)
 
 
 def run_demo(arguments: argparse.Namespace) -> bool:

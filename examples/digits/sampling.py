@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from dataset import NUM_CLASSES
 from torch import Tensor
 from tqdm import tqdm
 
 from flexdit_ext import FlexDiT, sample
+from flexdit_ext.evaluation.digits import NUM_CLASSES
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ import copy
 from dataclasses import dataclass
 
 import torch
-from dataset import IMAGE_SIZE, NUM_CLASSES
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from flexdit_ext import DensitySchedule, FlexDiT, FlexDiTConfig
 from flexdit_ext.convert import sparsify
 from flexdit_ext.diffusion import flow_loss
+from flexdit_ext.evaluation.digits import IMAGE_SIZE, NUM_CLASSES
 
 # Patches of one pixel: 8x8 tokens. Both models are 8 blocks deep.
 _COMMON = {

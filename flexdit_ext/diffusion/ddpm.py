@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-NUM_TIMESTEPS = 1000
+from .._requests import NUM_TIMESTEPS, space_timesteps
 
 
 class DiffusionLoss(NamedTuple):
@@ -29,45 +28,6 @@ class DiffusionLoss(NamedTuple):
 def linear_betas(num_timesteps: int = NUM_TIMESTEPS, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
     """Linear variances beta_t (DDPM, section 4): float64 [num_timesteps], both ends included."""
     return torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
-
-
-def _ddim_timesteps(num_timesteps: int, count: int) -> list[int]:
-    for stride in range(1, num_timesteps):
-        if math.ceil(num_timesteps / stride) == count:
-            return list(range(0, num_timesteps, stride))
-    raise ValueError(f"section_counts = 'ddim{count}': no whole stride through {num_timesteps} timesteps takes {count}")
-
-
-def space_timesteps(num_timesteps: int, section_counts: int | str | Sequence[int]) -> list[int]:
-    """The timesteps a respaced process keeps, ascending, as ADM and DiT choose them (IDDPM, section 4).
-
-    section_counts: n or "n" spreads n timesteps evenly from 0 to num_timesteps - 1, both included (1 keeps
-    timestep 0); "a,b,c" or a sequence does so within equal sections; "ddimN" takes N by a fixed whole stride from 0.
-    Raises ValueError where a section cannot give its count or no stride fits.
-    """
-    if isinstance(section_counts, str):
-        if not re.fullmatch(r"ddim\d+|\d+(,\d+)*", section_counts):
-            raise ValueError(f"section_counts = {section_counts!r}: must read 'N', 'A,B,...' or 'ddimN'")
-        if section_counts.startswith("ddim"):
-            return _ddim_timesteps(num_timesteps, int(section_counts[4:]))
-        counts = [int(part) for part in section_counts.split(",")]
-    else:
-        counts = [section_counts] if isinstance(section_counts, int) else list(section_counts)
-    size, extra = divmod(num_timesteps, len(counts))
-    kept, start = [], 0
-    for section, count in enumerate(counts):
-        length = size + (section < extra)
-        if not 1 <= count <= length:
-            raise ValueError(
-                f"section_counts = {section_counts!r}: a section of {length} cannot keep {count} timesteps"
-            )
-        stride = (length - 1) / (count - 1) if count > 1 else 1.0
-        position = 0.0
-        for _ in range(count):
-            kept.append(start + round(position))
-            position += stride  # summed, not multiplied: halves must round as they do in ADM
-        start += length
-    return kept
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:

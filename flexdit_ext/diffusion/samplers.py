@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import itertools
 import math
-import numbers
-import operator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .ddpm import NUM_TIMESTEPS, GaussianDiffusion, split_output
+from .._requests import NUM_TIMESTEPS, check_clip_x0, check_eta, check_sampler, check_step_count, kept_timesteps
+from .ddpm import GaussianDiffusion, split_output
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,7 @@ class Sampler:
     steps: list[SamplerStep]
 
     def __init__(self, clip_x0: bool = False):
-        if not isinstance(clip_x0, bool):
-            raise TypeError(f"clip_x0 = {clip_x0!r}: must be a bool")
-        self.clip_x0 = clip_x0
+        self.clip_x0 = check_clip_x0(clip_x0)
         self._previous: tuple[int, Tensor] | None = None  # (step, its x0), kept only where a later step reads it
 
     @property
@@ -83,27 +80,6 @@ class Sampler:
         return self.steps[i].noise_coef
 
 
-def _check_count(steps) -> int:
-    try:
-        count = operator.index(steps)
-    except TypeError:
-        count = None
-    if count is None or isinstance(steps, bool):
-        raise TypeError(f"steps = {steps!r}: must be an int in 1..{NUM_TIMESTEPS}")
-    if not 1 <= count <= NUM_TIMESTEPS:
-        raise ValueError(f"steps = {count}: must be in 1..{NUM_TIMESTEPS}")
-    return count
-
-
-def _respaced_diffusion(steps: int | str) -> GaussianDiffusion:
-    if not isinstance(steps, str):
-        return GaussianDiffusion(_check_count(steps))
-    try:
-        return GaussianDiffusion(steps)
-    except ValueError as error:
-        raise ValueError(f"steps = {steps!r}: {error}") from None
-
-
 class DDPMSampler(Sampler):
     """Ancestral sampling, DDPM (arXiv 2006.11239) algorithm 2, on DiT's respaced timesteps.
 
@@ -116,7 +92,7 @@ class DDPMSampler(Sampler):
         if variance not in (None, "learned", "fixed_small"):
             raise ValueError(f"variance = {variance!r}: must be 'learned', 'fixed_small' or None")
         self.variance = variance
-        self.diffusion = d = _respaced_diffusion(steps)
+        self.diffusion = d = GaussianDiffusion(kept_timesteps(steps))
         self.steps = [
             SamplerStep(
                 timestep=d.timesteps[k],
@@ -150,11 +126,8 @@ class DDIMSampler(Sampler):
 
     def __init__(self, steps: int | str, eta: float = 0.0, clip_x0: bool = False):
         super().__init__(clip_x0)
-        if isinstance(eta, bool) or not isinstance(eta, numbers.Real):
-            raise TypeError(f"eta = {eta!r}: must be a float in [0, 1]")
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta = {eta}: must be in [0, 1]")
-        d = _respaced_diffusion(steps)
+        eta = check_eta(eta)
+        d = GaussianDiffusion(kept_timesteps(steps))
         self.steps = []
         for k in reversed(range(d.num_timesteps)):
             signal, noise = d.signal_rate[k].item(), d.noise_rate[k].item()
@@ -183,7 +156,7 @@ class DPMSolverPPSampler(Sampler):
 
     def __init__(self, steps: int, clip_x0: bool = False):
         super().__init__(clip_x0)
-        steps = _check_count(steps)
+        steps = check_step_count(steps)
         full = GaussianDiffusion()
         last = NUM_TIMESTEPS - 1
         timesteps = [round(k * (last / steps)) for k in range(steps, 0, -1)] if steps <= last else range(last, -1, -1)
@@ -218,7 +191,7 @@ class FlowEulerSampler(Sampler):
 
     def __init__(self, steps: int, clip_x0: bool = False):
         super().__init__(clip_x0)
-        steps = _check_count(steps)
+        steps = check_step_count(steps)
         # x0 = x - t velocity, so x + (t' - t) velocity = (t'/t) x + (1 - t'/t) x0
         self.steps = [
             SamplerStep(
@@ -274,10 +247,6 @@ def make_sampler(sampler: str = "ddim", steps: int | str = 50, eta: float = 0.0,
     steps: int in 1..1000; ddim and ddpm also take a respacing string such as "ddim50" (see space_timesteps).
     eta: DDIM's, in [0, 1]; the others take only 0. Raises ValueError or TypeError naming the argument.
     """
-    if not isinstance(sampler, str) or sampler not in SAMPLERS:
-        raise ValueError(f"sampler = {sampler!r}: must be one of {', '.join(map(repr, SAMPLERS))}")
-    if sampler == "ddim":
+    if check_sampler(sampler, eta) == "ddim":
         return DDIMSampler(steps, eta, clip_x0)
-    if eta != 0:
-        raise ValueError(f"eta = {eta!r}: only sampler 'ddim' has it, {sampler!r} takes 0")
     return SAMPLERS[sampler](steps, clip_x0=clip_x0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -51,7 +52,9 @@ def inception_score(probabilities: np.ndarray, splits: int = 10) -> tuple[float,
     if probabilities.min() < 0 or not np.allclose(probabilities.sum(axis=1), 1, atol=1e-3):
         raise ValueError("probabilities must not be negative and sum to 1 in every row")
     scores = []
-    for part in np.array_split(probabilities, splits):
+    edges = [i * len(probabilities) // splits for i in range(splits + 1)]
+    for first, last in itertools.pairwise(edges):
+        part = probabilities[first:last]
         marginal = part.mean(axis=0)
         ratio = np.divide(part, marginal, out=np.ones_like(part), where=part > 0)  # 0 log 0 = 0
         scores.append(np.exp((part * np.log(ratio)).sum(axis=1).mean()))

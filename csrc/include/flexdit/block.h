@@ -24,8 +24,13 @@ struct ParameterSpec {
   std::string name;
   int64_t rows, cols;
 };
+// How PixArt-alpha's and Latte's blocks (arXiv 2310.00426, 2401.03048) differ from DiT's.
+struct BlockStyle {
+  bool shared_modulation = false;  // the condition is the block's modulation [B, 6C] itself, which has no parameters here
+  bool caption = false;            // between attention and MLP the tokens read a caption: x += cross-attention(x, caption)
+};
 // The order in which BlockForward::parameters and BlockBackward::grad_parameters list them.
-std::vector<ParameterSpec> block_parameters(BlockKind kind, int64_t hidden, int64_t mlp_hidden);
+std::vector<ParameterSpec> block_parameters(BlockKind kind, int64_t hidden, int64_t mlp_hidden, BlockStyle style = {});
 
 struct BlockShape {
   BlockKind kind = BlockKind::dense;
@@ -36,6 +41,8 @@ struct BlockShape {
   int64_t rows = 0;        // of x
   int64_t other_rows = 0;  // of other; 0 for pooling and dense
   DType dtype = DType::float32;
+  BlockStyle style = {};
+  int64_t caption_rows = 0;
 };
 
 // The modulated layer norm of `out` that whoever reads it next begins with.
@@ -50,6 +57,7 @@ struct BlockPrepared {
   Matrix folded_weight, folded_bias;          // pooling: W_o W_v [C, C] and W_o b_v + b_o [1, C]
   std::span<const PackedWeight* const> packed;  // of each parameter, or null
   Matrix normed_x, normed_other;              // mod1(x), not for pooling and recovery; mod1(other)
+  Matrix caption_kv;                          // [caption_rows, 2C] keys and values of the caption, which no step changes
   NextNorm next;
 };
 
@@ -60,13 +68,19 @@ struct BlockForward {
   TokenLayout other_layout;   // of other
   Matrix x;                   // [rows, C]
   Matrix other;               // [other_rows, C] or empty
-  Matrix condition;           // [B, C]: t_emb + y_emb; empty with a prepared modulation
+  Matrix condition;           // [B, C]: t_emb + y_emb, or the modulation; empty with a prepared modulation
   PositionTable position;     // recovery with reinject_position, else empty
   Matrix out;                 // [rows, C], written; must not be x
   void* context = nullptr;    // block_context_bytes(shape) for backward, or null: nothing is kept
   void* workspace = nullptr;  // block_workspace_bytes(shape, context != nullptr)
   BlockPrepared prepared = {};
   double mlp_norm_eps = kLayerNormEps;
+  // Dense: the frames of x as samples, to attend within a frame; with across_frames at one position of them instead.
+  TokenLayout attention_layout = {};
+  bool across_frames = false;
+  int64_t max_positions = 0;  // as in Attention
+  Matrix caption = {};        // [caption_rows, C]
+  TokenLayout caption_layout = {};
 };
 
 struct BlockBackward : BlockForward {  // out is not used, context is read
@@ -74,8 +88,10 @@ struct BlockBackward : BlockForward {  // out is not used, context is read
   Matrix grad_x;                       // [rows, C], written; must not be grad_out
   Matrix grad_other;  // [other_rows, C], written, or += with accumulate_other, empty for pooling and dense
   bool accumulate_other = false;
-  Matrix grad_condition;  // [B, C], written, or += with accumulate_condition
-  bool accumulate_condition = false;
+  Matrix grad_condition;  // as condition, written, or += with accumulate_condition
+  bool accumulate_condition = false;  // not with shared_modulation
+  Matrix grad_caption;                // [caption_rows, C], written, or += with accumulate_caption
+  bool accumulate_caption = false;
   std::span<const Matrix> grad_parameters;  // written; an empty view is not computed
 };
 

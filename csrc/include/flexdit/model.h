@@ -27,6 +27,7 @@ struct Config {
   Grid dense_grid() const {
     return {1, static_cast<int32_t>(input_height / patch_size), static_cast<int32_t>(input_width / patch_size)};
   }
+  bool learned_variance() const { return out_channels == 2 * in_channels; }
   bool operator==(const Config&) const = default;
 };
 

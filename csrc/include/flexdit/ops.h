@@ -79,7 +79,7 @@ void modulated_layer_norm_backward(const ModulatedLayerNormBackward& p, const Ex
 struct GatedResidual {
   Matrix x;     // [R, C]
   Matrix y;     // [R, C], or [B, C] with y_per_sample: the same vector for all tokens of a sample
-  Matrix gate;  // [B, C]
+  Matrix gate;  // [B, C], or empty: 1
   TokenLayout layout;
   Matrix out;                   // [R, C], written; may be x
   Matrix shift, scale, normed;  // [B, C], [B, C], [R, C]: all or none
@@ -180,7 +180,8 @@ struct AddPosition {
 };
 void add_position(const AddPosition& p, const Execution& exec);
 
-// out = softmax(q k^T / sqrt(d)) v within each sample and head, d = C / num_heads.
+// out = softmax(q k^T / sqrt(d)) v within each sample and head, d = C / num_heads; with across_frames among the tokens
+// that a sample's frames have at one position, which lie H W rows apart and are read where they are.
 struct Attention {
   Matrix q;     // [Rq, C]
   Matrix k, v;  // [Rk, C]
@@ -188,6 +189,8 @@ struct Attention {
   int64_t num_heads = 1;
   Matrix out;  // [Rq, C], written
   Matrix lse;  // [Rq, num_heads] log of the softmax's denominator, accumulation dtype, written, or empty
+  bool across_frames = false;  // then layout_k is layout_q
+  int64_t max_positions = 0;   // across_frames on a GPU: no less than the sum of H W over the samples; 0: Rq is
 };
 struct AttentionBackward : Attention {  // out and lse are read
   Matrix grad_out;                      // [Rq, C]

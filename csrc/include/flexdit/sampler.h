@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -33,6 +34,9 @@ std::vector<int64_t> space_timesteps(int64_t count);
 // First step first. `steps` in 1..1000 (heun: 2 steps - 1 passes); eta in [0, 1] is DDIM's; learned_variance is DDPM's
 // for a model with twice the channels. Throws ArgumentError.
 std::vector<SamplerStep> sampler_steps(SamplerKind kind, int64_t steps, double eta = 0, bool learned_variance = false);
+// The same for ddim or ddpm on timesteps of your own, ascending within 0...999.
+std::vector<SamplerStep> sampler_steps(SamplerKind kind, std::span<const int64_t> timesteps, double eta = 0,
+                                       bool learned_variance = false);
 
 // The seed of image `index` of a run: distinct for distinct indices. Splitmix64's finalizer, which is one-to-one.
 uint64_t derive_seed(uint64_t seed, uint64_t index);

@@ -11,6 +11,8 @@
 
 namespace flexdit {
 
+struct Checkpoint;
+
 // A model's weights as sampling wants them, its own copy: modulation layers in one matrix, W_o W_v of pooling blocks
 // folded, on the CPU packed for its products. Shared by sessions; nothing changes it.
 struct SamplingModelOptions {
@@ -39,6 +41,8 @@ class SamplingModel {
  private:
   std::unique_ptr<Prepared> prepared_;
 };
+// Of a checkpoint's weights, in its dtype.
+std::shared_ptr<const SamplingModel> prepare_sampling(const Checkpoint& checkpoint, const Execution& exec = {});
 
 struct SampleRequest {
   int64_t label = 0;

@@ -1,0 +1,58 @@
+"""Checkpoints of FlexPixArt and FlexLatte: as FlexDiT's, with the model's name in config.json."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ._config_file import read_config_text
+from ._shards import parse_size
+from .checkpoint import check_state_dict, load_state_dict_file, locate, one_device, write_checkpoint
+from .single_model import SingleFlexDiT
+
+_CLASS = "_class_name"
+
+
+def save_single(model: SingleFlexDiT, directory: str | os.PathLike, max_shard_size: int | str | None) -> None:
+    most = None if max_shard_size is None else parse_size("max_shard_size", max_shard_size)
+    text = json.dumps({_CLASS: type(model).__name__} | model.config.to_dict(), indent=2) + "\n"
+    write_checkpoint(model.state_dict(), Path(directory), text, most)
+
+
+def load_single(kind: type[SingleFlexDiT], path, dtype, device, *, device_map=None, **options) -> SingleFlexDiT:
+    """As checkpoint.load_pretrained."""
+    device = one_device(device, device_map)
+    weights = locate(path, **options)
+    text, source = read_config_text(weights)
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source} is not JSON: {error}") from error
+    if not isinstance(values, dict) or values.pop(_CLASS, None) != kind.__name__:
+        raise ValueError(f"{source} is not the configuration of a {kind.__name__}")
+    try:
+        config = kind.config_class.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: {error}") from error
+    return build_single(kind, config, load_state_dict_file(weights), dtype, device, str(weights))
+
+
+def build_single(
+    kind: type[SingleFlexDiT], config, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, device, source: str
+) -> SingleFlexDiT:
+    """A model with these tensors (copied), in evaluation mode; dtype None is theirs. Raises ValueError as
+    check_state_dict does."""
+    first = tensors.get("patch_embed.weight")
+    if dtype is None and first is not None and first.is_floating_point():
+        dtype = first.dtype
+    with torch.device("meta"):  # no memory before the check, no random initialisation before the load
+        model = kind(config, dtype=dtype)
+    check_state_dict(model, tensors, source)
+    model.to_empty(device="cpu" if device is None else device)
+    model.load_state_dict(tensors)
+    return model.eval()

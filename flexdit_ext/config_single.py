@@ -1,0 +1,215 @@
+"""FlexPixArtConfig and FlexLatteConfig: text to image, and clips. Their layouts are method.md's, last section."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from ._checks import Grid, check_count, check_number
+from .schedule import DensitySchedule
+
+_POSITIVE = ("input_size", "patch_size", "in_channels", "out_channels", "hidden_size", "num_heads")
+_COUNTS = ("caption_channels", "num_pooling_blocks", "num_sdtm", "num_dense_blocks")
+_MOST = 2**31 - 1
+
+
+def _scaled_schedule(dense_grid: Grid, grids_of_16: tuple[Grid, ...]) -> DensitySchedule:
+    """Grids given for 16 tokens a side, on other sides in proportion."""
+
+    def scaled(parts: Grid) -> Grid:
+        return tuple(max(1, round(side * part / 16)) for side, part in zip(dense_grid, parts, strict=True))
+
+    return DensitySchedule([scaled(parts) for parts in grids_of_16])
+
+
+@dataclass(frozen=True)
+class _SingleConfig:
+    """What both have: blocks modulated as PixArt-alpha does, from one Linear and a table per block.
+
+    Args:
+        input_size: height and width of the latent image or frame that the position embedding was made for; inputs of
+            other sizes cover the same positions.
+        patch_size: side of a patch; must divide every input's sides.
+        in_channels, out_channels: of the latents; twice as many come out where a variance is learned.
+        hidden_size: C; a multiple of num_heads and of 4.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the MLPs over hidden_size.
+        caption_channels: width of the text encoder's output; 0: no text.
+        max_caption_tokens: of a caption.
+        position_scale: divides positions (diffusers' interpolation_scale).
+        num_pooling_blocks, num_sdtm, num_dense_blocks: the three segments of the model, bottom to top.
+        sdtm_blocks: (generation, sparse, recovery, dense) blocks of a sparse-dense token module.
+        schedule: DensitySchedule or its dict; None is the class's default.
+
+    Raises TypeError or ValueError naming the field.
+    """
+
+    input_size: int = 32
+    patch_size: int = 2
+    in_channels: int = 4
+    out_channels: int = 8
+    hidden_size: int = 1152
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    caption_channels: int = 4096
+    max_caption_tokens: int = 120
+    position_scale: float = 1.0
+    num_pooling_blocks: int = 2
+    num_sdtm: int = 4
+    sdtm_blocks: tuple[int, int, int, int] = (1, 3, 1, 1)
+    num_dense_blocks: int = 2
+    schedule: DensitySchedule | None = None
+
+    def __post_init__(self):
+        for names, least in ((_POSITIVE, 1), (_COUNTS, 0), (("max_caption_tokens",), 1)):
+            for name in names:
+                check_count(name, getattr(self, name), least, _MOST)
+        for name in ("mlp_ratio", "position_scale"):
+            if check_number(name, getattr(self, name)) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be above 0")
+        if self.input_size % self.patch_size:
+            raise ValueError(f"input_size is {self.input_size}, must be a multiple of patch_size {self.patch_size}")
+        for name, divisor in (("num_heads", self.num_heads), ("4", 4)):
+            if self.hidden_size % divisor:
+                raise ValueError(f"hidden_size is {self.hidden_size}, must be a multiple of {name}")
+        self._check_layout()
+        if isinstance(self.schedule, dict):
+            object.__setattr__(self, "schedule", DensitySchedule.from_dict(self.schedule))
+        if self.schedule is not None and not isinstance(self.schedule, DensitySchedule):
+            raise TypeError(f"schedule is {self.schedule!r}, must be a DensitySchedule or None")
+        for grid in self.schedule.grids if self.schedule else ():
+            self.check_sparse_grid("schedule", grid)
+
+    def _check_layout(self) -> None:
+        blocks = self.sdtm_blocks
+        if not isinstance(blocks, (tuple, list)) or len(blocks) != 4 or any(type(n) is not int for n in blocks):
+            raise TypeError(f"sdtm_blocks is {blocks!r}, must be 4 ints (generation, sparse, recovery, dense)")
+        object.__setattr__(self, "sdtm_blocks", tuple(blocks))
+        if self.num_sdtm and (blocks[0] < 1 or blocks[2] < 1 or min(blocks) < 0):
+            raise ValueError(f"sdtm_blocks is {blocks}, must have a generation and a recovery block, and none below 0")
+        if self.depth == 0:
+            raise ValueError("num_pooling_blocks, num_sdtm and num_dense_blocks are all 0, the model has no blocks")
+
+    @property
+    def base_grid(self) -> Grid:
+        """(h, w) of the position embedding's own size."""
+        return (self.input_size // self.patch_size,) * 2
+
+    @property
+    def dense_grid(self) -> Grid:
+        return self.base_grid
+
+    @property
+    def mlp_hidden_size(self) -> int:
+        return int(self.hidden_size * self.mlp_ratio)
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return self.num_pooling_blocks + self.num_sdtm * sum(self.sdtm_blocks) + self.num_dense_blocks
+
+    @property
+    def density_schedule(self) -> DensitySchedule:
+        """The schedule, or the default one on this model's grid."""
+        return self.schedule or self.default_schedule(self.dense_grid)
+
+    def check_sparse_grid(self, name: str, grid: Grid, dense: Grid | None = None) -> Grid:
+        """Raises ValueError unless `grid` fits into the dense grid: the config's, or `dense` of another size."""
+        dense = dense or self.dense_grid
+        sides = zip((1, *grid)[-3:], (1, *dense)[-3:], strict=True)  # (h, w) is one frame
+        if any(side > most for side, most in sides):
+            raise ValueError(f"{name} has the sparse grid {grid}, at most the dense grid {dense} is allowed")
+        return grid
+
+    def to_dict(self) -> dict:
+        """Plain values for JSON."""
+        values = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
+        return values | {
+            "sdtm_blocks": list(self.sdtm_blocks),
+            "schedule": self.schedule.to_dict() if self.schedule else None,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict):
+        known = {one.name for one in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"config has unknown keys {unknown}, allowed are {sorted(known)}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class FlexPixArtConfig(_SingleConfig):
+    """FlexPixArt, text to image; with dense blocks only PixArt-alpha (arXiv 2310.00426).
+
+    Fields of _SingleConfig, and size_conditions: embed height, width and aspect ratio, as the model of 1024 pixels
+    does; then hidden_size must be a multiple of 3.
+    """
+
+    size_conditions: bool = False
+    num_classes = 0
+    class_dropout_prob = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.size_conditions, bool):
+            raise TypeError(f"size_conditions is {self.size_conditions!r}, must be True or False")
+        if self.size_conditions and self.hidden_size % 3:
+            raise ValueError(f"hidden_size is {self.hidden_size}, must be a multiple of 3 with size_conditions")
+        if not self.caption_channels:
+            raise ValueError("caption_channels is 0, FlexPixArt reads captions")
+
+    def axis(self, block: int) -> str:
+        """Among which tokens a dense or sparse block attends: all."""
+        return "all"
+
+    def has_cross(self, block: int) -> bool:
+        """Whether block k of the flattened order reads the caption: all do."""
+        return True
+
+    def default_schedule(self, dense_grid: Grid) -> DensitySchedule:
+        """For inputs of that grid. On 16 x 16 tokens 38% fewer multiply-accumulates than the dense model, as in the
+        paper, which does not publish its rates."""
+        return _scaled_schedule(dense_grid, ((11, 11), (9, 9), (8, 8), (7, 7)))
+
+
+@dataclass(frozen=True)
+class FlexLatteConfig(_SingleConfig):
+    """FlexLatte, clips; with dense blocks only Latte (arXiv 2401.03048): even blocks attend within a frame and read the
+    caption, odd ones attend across frames at one position.
+
+    Fields of _SingleConfig, and
+        num_frames: of a clip; shorter ones are allowed.
+        num_classes: labels 0 .. num_classes - 1; 0: none. Label num_classes is the null class if class_dropout_prob is
+            above 0.
+        class_dropout_prob: share of labels that train() replaces by the null class.
+    """
+
+    caption_channels: int = 0
+    num_frames: int = 16
+    num_classes: int = 0
+    class_dropout_prob: float = 0.0
+    size_conditions = False
+
+    def __post_init__(self):
+        check_count("num_frames", self.num_frames, 1, 2**15 - 1)
+        check_count("num_classes", self.num_classes, 0, _MOST)
+        if not 0 <= check_number("class_dropout_prob", self.class_dropout_prob) < 1:
+            raise ValueError(f"class_dropout_prob is {self.class_dropout_prob}, must be at least 0 and below 1")
+        super().__post_init__()
+
+    @property
+    def dense_grid(self) -> Grid:
+        return (self.num_frames, *self.base_grid)
+
+    def axis(self, block: int) -> str:
+        """Among which tokens block k of the flattened order attends, if it is dense or sparse."""
+        return "time" if block % 2 else "space"
+
+    def has_cross(self, block: int) -> bool:
+        """Whether block k of the flattened order reads the caption."""
+        return bool(self.caption_channels) and block % 2 == 0
+
+    def default_schedule(self, dense_grid: Grid) -> DensitySchedule:
+        """For inputs of that grid. On 16 frames of 16 x 16 tokens 55% fewer multiply-accumulates than the dense model;
+        the paper, which does not publish its grids, has 56%."""
+        return _scaled_schedule(dense_grid, ((8, 6, 6), (6, 6, 6), (4, 6, 6), (4, 6, 6)))

@@ -1,0 +1,138 @@
+"""`flexdit latents`: a folder of images, once through diffusers' AutoencoderKL, into shards that training maps."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from ..checkpoint import fsync
+from ..sampling import derive_seed, normal_noise
+from .data import ImageFolder, as_it_is
+from .pictures import write_whole
+
+_METADATA_KEY = "flexdit_latents"
+
+
+@dataclass(frozen=True)
+class LatentSettings:
+    """What decides the numbers in the shards. vae: a folder or a Hub id of an AutoencoderKL, maybe the `vae` folder of
+    a pipeline. size: of the square images in pixels. flip: mirrored images follow the plain ones. mean: no sampling of
+    the autoencoder's posterior; otherwise image i draws from its own stream of the seed."""
+
+    images: str
+    vae: str
+    size: int = 256
+    flip: bool = False
+    mean: bool = False
+    seed: int = 0
+    dtype: str = "float32"
+    batch_size: int = 16
+    shard_size: int = 4096
+
+    def __post_init__(self):
+        for name in ("size", "batch_size", "shard_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+        if self.dtype not in ("float32", "float16"):
+            raise ValueError(f"dtype is {self.dtype!r}, must be 'float32' or 'float16'")
+
+
+def load_vae(path: str):
+    """The AutoencoderKL, in evaluation mode; ValueError if there is none."""
+    from diffusers import AutoencoderKL
+
+    folder = os.path.join(path, "vae") if os.path.isdir(os.path.join(path, "vae")) else path
+    try:
+        return AutoencoderKL.from_pretrained(folder).eval().requires_grad_(False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"vae {path} is not an AutoencoderKL that diffusers can load: {error}") from error
+
+
+def write_latents(
+    settings: LatentSettings, target: Path, rank: int = 0, world: int = 1, device: str = "cpu", workers: int = 0
+) -> list[Path]:
+    """Writes latents-*.safetensors into `target` and returns the shards of this rank: every `world`-th.
+
+    A shard holds `latents` [n, C, h, w], scaled as diffusion models take them ((z - shift) * scaling), and `labels` [n]
+    int64. Whole shards of an earlier call are kept, so that a call that was broken off goes on; one that was made
+    with other settings is a ValueError.
+    """
+    data = ImageFolder(settings.images, channels=3, size=settings.size, name="images")
+    count = len(data) * (1 + settings.flip)
+    shards = -(-count // settings.shard_size)
+    metadata = json.dumps({**vars(settings), "samples": count, "classes": data.classes}, sort_keys=True)
+    target.mkdir(parents=True, exist_ok=True)
+    mine = [(i, target / f"latents-{i:05d}-of-{shards:05d}.safetensors") for i in range(rank, shards, world)]
+    _check_others(target, metadata)
+    missing = [(i, path) for i, path in mine if not _is_whole(path)]
+    if missing:
+        vae = load_vae(settings.vae).to(device)
+        for i, path in tqdm(missing, unit="shard", disable=None):
+            rows = range(i * settings.shard_size, min(count, (i + 1) * settings.shard_size))
+            _write_shard(path, *_encode(data, rows, settings, vae, device, workers), metadata)
+    return [path for _, path in mine]
+
+
+def _check_others(target: Path, metadata: str) -> None:
+    for path in sorted(target.glob("latents-*.safetensors")):
+        if not _is_whole(path):
+            continue
+        with safetensors.safe_open(path, "pt") as file:
+            found = (file.metadata() or {}).get(_METADATA_KEY)
+        if found != metadata:
+            old, new = json.loads(found or "{}"), json.loads(metadata)
+            keys = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key) and key != "classes"]
+            changes = ", ".join(f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in keys) or "classes"
+            raise ValueError(f"{path} was made otherwise ({changes}); take another folder")
+
+
+def _is_whole(path: Path) -> bool:
+    """Shards are renamed into place; one that something else has cut is written again."""
+    try:
+        with safetensors.safe_open(path, "pt"):
+            return True
+    except (OSError, safetensors.SafetensorError):
+        return False
+
+
+@torch.no_grad()
+def _encode(data: ImageFolder, rows: range, settings: LatentSettings, vae, device, workers) -> tuple[Tensor, Tensor]:
+    """Rows of the whole: images, then the same mirrored."""
+    scaling = vae.config.scaling_factor
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    batches = [rows[i : i + settings.batch_size] for i in range(0, len(rows), settings.batch_size)]
+    indices = [[row % len(data) for row in batch] for batch in batches]
+    loader = DataLoader(data, batch_sampler=indices, collate_fn=as_it_is, num_workers=workers)
+    latents, labels = [], []
+    for batch, (images, classes) in zip(batches, loader):
+        mirrored = torch.tensor([row >= len(data) for row in batch])
+        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+        posterior = vae.encode(images.to(device)).latent_dist
+        z = posterior.mean
+        if not settings.mean:
+            seeds = [derive_seed(settings.seed, row) for row in batch]
+            z = z + posterior.std * normal_noise(seeds, 0, tuple(z.shape[1:])).to(device)
+        latents.append(((z - shift) * scaling).cpu().to(getattr(torch, settings.dtype)))
+        labels.append(classes)
+    return torch.cat(latents).contiguous(), torch.cat(labels)  # convolutions may answer channels last
+
+
+def _write_shard(path: Path, latents: Tensor, labels: Tensor, metadata: str) -> None:
+    def write(staged: Path) -> None:
+        try:
+            safetensors.torch.save_file({"latents": latents, "labels": labels}, staged, {_METADATA_KEY: metadata})
+        except safetensors.SafetensorError as error:  # what safetensors makes of an OSError
+            raise OSError(f"cannot write {path}: {error}") from error
+        os.chmod(staged, 0o644)
+        fsync(staged)
+
+    write_whole(path, write)
