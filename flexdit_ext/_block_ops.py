@@ -210,14 +210,22 @@ def timestep_features(t: Tensor, dtype: torch.dtype, shift: int = 0) -> Tensor:
     Computed by the library, so that the module and the sampling engine have the same ones to the bit: torch's float32
     exp is an ulp off now and then, 6e-5 of an angle. A float64 model, which is there to be held against torch's own
     numbers in float64 (the released model's fixture: 1e-15), takes torch's."""
-    return (torch_features if dtype == torch.float64 else library_features)(t, dtype, shift)
+    features = torch_features if dtype == torch.float64 else library_features
+    return features(t.detach(), dtype, shift)  # no gradient of t
 
 
+@custom_op("flexdit_ext::timestep_features", mutates_args=())
 def library_features(t: Tensor, dtype: torch.dtype, shift: int) -> Tensor:
+    require_device("timestep_features", t=t)
     t = t.double().contiguous()
     features = torch.empty(t.shape[0], TIMESTEP_FEATURES, dtype=dtype, device=t.device)
     _C.timestep_embedding(t, shift, features, execution(features))
     return features
+
+
+@library_features.register_fake
+def _(t, dtype, shift):
+    return t.new_empty(t.shape[0], TIMESTEP_FEATURES, dtype=dtype)
 
 
 def torch_features(t: Tensor, dtype: torch.dtype, shift: int) -> Tensor:

@@ -57,7 +57,7 @@ def add_parser(commands) -> None:
     source.add_argument("--checkpoint", metavar="DIR", help="save_pretrained's folder or weights file")
     source.add_argument("--images", metavar="FILE", help="score the images of this .npz instead of drawing any")
     add = group.add_argument
-    add("--num-images", type=count, metavar="N", help="how many to draw")
+    add("--num-images", type=count, default=50_000, metavar="N", help="how many to draw, default %(default)s")
     add("--out", metavar="FILE.npz", help="where to write them")
     add("--vae", metavar="DIR", help="folder of a diffusers AutoencoderKL, or of a pipeline with vae/")
     add("--labels", type=labels, metavar="A,B,...", help="classes to draw in turn, default all")
@@ -103,8 +103,8 @@ def _check(arguments: argparse.Namespace) -> None:
     wanted = bool(arguments.features or arguments.metric)
     if arguments.images and not wanted:
         raise ValueError("--images needs --features or --metric: there is nothing else to do with it")
-    if arguments.checkpoint and not (arguments.num_images and arguments.out):
-        raise ValueError("--checkpoint needs --num-images and --out")
+    if bool(arguments.checkpoint) != bool(arguments.out):
+        raise ValueError("--checkpoint needs --out, the file to write, and --images has none")
     if arguments.out and Path(arguments.out).suffix != ".npz":
         raise ValueError(f"--out is {arguments.out}, must be a .npz file")
     if arguments.labels and arguments.labels_file:

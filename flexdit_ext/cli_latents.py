@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 
@@ -31,22 +30,15 @@ def add_parser(commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    try:
-        import torch
+    import torch
 
-        from .training.latents import LatentSettings, write_latents
-    except ModuleNotFoundError as error:
-        print(f"error: {error.name} is not installed: pip install flexdit_ext[train,diffusers]", file=sys.stderr)
-        return 1
+    from .training.latents import LatentSettings, write_latents
+
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     names = ("images", "vae", "size", "flip", "mean", "seed", "dtype", "batch_size", "shard_size")
-    try:
-        settings = LatentSettings(**{name: getattr(arguments, name) for name in names})
-        target = Path(arguments.target)
-        paths = write_latents(settings, target, rank, world, arguments.device or gpu, arguments.workers)
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    settings = LatentSettings(**{name: getattr(arguments, name) for name in names})
+    target = Path(arguments.target)
+    paths = write_latents(settings, target, rank, world, arguments.device or gpu, arguments.workers)
     print(f"written: {len(paths)} shards in {target}")
     return 0

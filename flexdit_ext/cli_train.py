@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 
@@ -32,32 +31,19 @@ def add_parser(commands) -> None:
     plot.set_defaults(run=run_plot)
 
 
-def _fail(error: Exception) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return 1
-
-
 def run_train(arguments: argparse.Namespace) -> int:
-    try:
-        from .training import TrainingError, load_config, set_up, train
-    except ModuleNotFoundError as error:
-        return _fail(ImportError(f"{error.name} is not installed: pip install flexdit_ext[train]"))
-    try:
-        config = load_config(arguments.config, arguments.set)
-        if arguments.check:
-            setup = set_up(config, int(os.environ.get("WORLD_SIZE", "1")))
-            print(f"{len(setup.data)} samples, {sum(p.numel() for p in setup.model.parameters()):,} parameters: good")
-            return 0
-        return train(config)
-    except (OSError, TypeError, ValueError, TrainingError) as error:
-        return _fail(error)
+    from .training import load_config, set_up, train
+
+    config = load_config(arguments.config, arguments.set)
+    if arguments.check:
+        setup = set_up(config, int(os.environ.get("WORLD_SIZE", "1")))
+        print(f"{len(setup.data)} samples, {sum(p.numel() for p in setup.model.parameters()):,} parameters: good")
+        return 0
+    return train(config)
 
 
 def run_plot(arguments: argparse.Namespace) -> int:
     from .training.plot import plot
 
-    try:
-        print(f"written: {plot(Path(arguments.folder), arguments.out and Path(arguments.out))}")
-    except (OSError, ValueError) as error:
-        return _fail(error)
+    print(f"written: {plot(Path(arguments.folder), arguments.out and Path(arguments.out))}")
     return 0

@@ -1,8 +1,9 @@
 """LoRA fine-tuning through peft (arXiv 2106.09685), and its variant with one adapter per density segment.
 
 peft's own functions work on a FlexDiT: get_peft_model, inject_adapter_in_model, merge_and_unload, save_pretrained. The
-fused blocks compute with W + scaling * B A, so outputs and gradients are those of the merged weights. Not served:
-lora_dropout in training, DoRA and its kin; both raise ValueError.
+fused blocks compute with W + scaling * B A, so outputs and gradients are those of the merged weights; an adapter saves
+the memory of gradients and optimizer, not the time of a weight's gradient. Not served: lora_dropout in training, DoRA
+and its kin; both raise ValueError. With segments, torch.compile breaks its graph where t decides who goes where.
 
     peft_model = peft.get_peft_model(model, LoraConfig(r=16, target_modules=lora.block_linears(model)))
     peft_model = lora.add_segment_adapters(model, LoraConfig(r=16))     # each sample by its timestep

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _C
+from ._adapters import active_module, effective_parameters
 from ._single_ops import single_block
 from .blocks import CrossAttention, Mlp, PooledAttention, SelfAttention, autocast_dtype, cast, require_device
 from .layout import TokenLayout
@@ -51,8 +52,9 @@ class Block(nn.Module):
 
     def linears(self) -> list[nn.Linear]:
         """In the C++ library's order, _C.single_block_parameters."""
-        cross = [] if self.cross is None else self.cross.children()
-        return [*self.attn.children(), *cross, self.mlp.fc1, self.mlp.fc2]
+        attention, mlp = active_module(self.attn), active_module(self.mlp)
+        cross = [] if self.cross is None else active_module(self.cross).children()
+        return [*attention.children(), *cross, mlp.fc1, mlp.fc2]
 
     def compute(
         self,
@@ -64,7 +66,7 @@ class Block(nn.Module):
         other_layout: TokenLayout | None = None,
     ) -> Tensor:
         """x [R, C]; modulation [B, 6, C]; other [Ro, C]. Returns [R, C]."""
-        parameters = [parameter for layer in self.linears() for parameter in (layer.weight, layer.bias)]
+        parameters = [parameter for layer in self.linears() for parameter in effective_parameters(layer)]
         caption = None if self.cross is None else caption
         text, text_table = (None, None) if caption is None else (caption.rows, caption.layout.table)
         layout, other_table = tokens.layout, None if other_layout is None else other_layout.table

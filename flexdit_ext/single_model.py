@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import _block_ops, ops
+from ._adapters import active_module, effective_parameters
 from ._arguments import Grid, check_grid, check_tensor
 from ._single_macs import macs
 from .blocks import autocast_dtype, cast
@@ -168,10 +169,10 @@ class SingleFlexDiT(nn.Module):
         dense, sparse = self._tokens(layout), self._sparse(t, grid, dense_grid, x.device)
         dtype = autocast_dtype(x)
         c = self._condition(t.to(x.device), y, sizes)
-        modulation = F.linear(F.silu(c), self.modulation.weight, self.modulation.bias).unflatten(1, (6, -1))
+        modulation = F.linear(F.silu(c), *effective_parameters(self.modulation)).unflatten(1, (6, -1))
         text = None if caption is None else self._caption(caption, caption_mask)
         position = self._position(dense_grid, x)
-        x, weight, bias, position = cast([x, self.patch_embed.weight, self.patch_embed.bias, position], dtype)
+        x, weight, bias, position = cast([x, *effective_parameters(self.patch_embed), position], dtype)
         image = x.reshape(batch, channels, frames * height, width)
         tokens, _ = _block_ops.patch_embed(image, weight, bias, position, layout.table)
         k = 0
@@ -269,16 +270,15 @@ class SingleFlexDiT(nn.Module):
         else:
             rows = caption[mask]
             layout = TokenLayout([(1, count) for count in mask.sum(1).tolist()], caption.device)
-        fc1, fc2 = self.caption_embed.fc1, self.caption_embed.fc2
-        rows, *weights = cast([rows, fc1.weight, fc1.bias, fc2.weight, fc2.bias], autocast_dtype(rows))
+        embed = active_module(self.caption_embed)
+        weights = [*effective_parameters(embed.fc1), *effective_parameters(embed.fc2)]
+        rows, *weights = cast([rows, *weights], autocast_dtype(rows))
         return Caption(ops._linear(F.gelu(ops._linear(rows, *weights[:2]), approximate="tanh"), *weights[2:]), layout)
 
     def _last(self, tokens: Tensor, c: Tensor, layout: TokenLayout) -> Tensor:
-        layer = self.final_layer
+        layer = active_module(self.final_layer)
         shift, scale = (layer.modulation_table + c[:, None]).unbind(1)
-        shift, scale, weight, bias = cast(
-            [shift, scale, layer.linear.weight, layer.linear.bias], autocast_dtype(tokens)
-        )
+        shift, scale, weight, bias = cast([shift, scale, *effective_parameters(layer.linear)], autocast_dtype(tokens))
         return ops._linear(ops.modulated_layer_norm(tokens, shift, scale, layout), weight, bias)
 
     def _unpatchify(self, rows: Tensor, batch: int, dense_grid: Grid) -> Tensor:

@@ -90,6 +90,15 @@ def test_page(page, workplace):
                     run(line, workplace)
 
 
+@pytest.mark.parametrize("page, code", blocks("toml"))
+def test_configuration(page, code, workplace):
+    pytest.importorskip("accelerate")
+    from flexdit_ext.training import load_config
+
+    (workplace / "run.toml").write_text(code)
+    load_config(workplace / "run.toml")
+
+
 def squeezed(text: str, comment: str) -> str:
     """Without comments and white space."""
     return re.sub(r"\s+", "", re.sub(rf"{comment}[^\n]*|/\*.*?\*/", "", text))

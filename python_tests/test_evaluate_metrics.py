@@ -154,6 +154,7 @@ def test_jit_file(network, folder, capsys):
         ({"features": "my_features:linear", "images": "floats.npz"}, r"arr_0 is float64 \(2, 4, 4, 3\), must be uint8"),
         ({"features": "my_features:linear", "reference": "wide.npz"}, "5 and 3 dimensions"),
         ({"reference": "real.npz"}, "--images needs --features or --metric"),
+        ({"metric": "digits", "out": "other.npz"}, "--images has none"),
         ({"metric": "digits", "reference": "real.npz"}, "--reference needs --features"),
         ({"metric": "digits"}, r"the digits metric takes \[n, 8, 8, 3\]"),
     ],

@@ -220,6 +220,8 @@ def test_timestep_features_of_any_t():
         rounded = (TIMES + 0.3).to(dtype)
         assert torch.equal(features(rounded), features(rounded.float()))
     assert features(TIMES[:0]).shape == (0, 256)
+    compiled = torch.compile(lambda t: features(t) + 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(TIMES), expected + 1)
     with pytest.raises(ValueError, match=r"timestep_embedding: shift is 128, must lie in \[0, 128\)"):
         features(TIMES, shift=128)
 

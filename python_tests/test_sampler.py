@@ -50,7 +50,7 @@ class ScheduledReference(nn.Module):
 @pytest.fixture
 def same_features(monkeypatch):
     """A float64 model, too, with the library's timestep features; see _block_ops.timestep_features."""
-    monkeypatch.setattr(_block_ops, "timestep_features", lambda *call: _block_ops.library_features(*call))
+    monkeypatch.setattr(_block_ops, "timestep_features", _block_ops.library_features)
 
 
 # What a run is given besides the model and the labels.

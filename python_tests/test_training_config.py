@@ -112,9 +112,9 @@ def test_what_does_not_fit(tmp_path, world, changes, message):
 
 
 def test_command_line_names_the_mistake_and_starts_nothing(file, capsys):
-    assert main(["train", "--config", str(file), "--set", "stps=3"]) == 1
-    assert capsys.readouterr().err == "error: stps is not a key; the nearest is steps\n"
-    assert main(["train", "--config", str(file), "--set", f"output={file.parent / 'run'}"]) == 1
+    assert main(["train", "--config", str(file), "--set", "stps=3"]) == 2
+    assert capsys.readouterr().err == "flexdit train: error: stps is not a key; the nearest is steps\n"
+    assert main(["train", "--config", str(file), "--set", f"output={file.parent / 'run'}"]) == 2
     assert "data (digits) has samples of shape (1, 8, 8)" in capsys.readouterr().err
     assert not (file.parent / "run").exists()
 

@@ -9,7 +9,7 @@ from training_cases import make_config
 
 from flexdit_ext.__main__ import main
 from flexdit_ext.sampling import derive_seed, normal_noise
-from flexdit_ext.training import FINISHED, train
+from flexdit_ext.training import FINISHED, Trainer, train
 from flexdit_ext.training._latents import Shards
 from flexdit_ext.training.data import ImageFolder
 
@@ -83,7 +83,7 @@ def test_it_goes_on_where_it_was_broken_off(source, tmp_path, monkeypatch, capsy
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
     capsys.readouterr()
-    assert run(source, tmp_path / "parts", "--shard-size", 2, "--seed", 1) == 1
+    assert run(source, tmp_path / "parts", "--shard-size", 2, "--seed", 1) == 2
     assert "was made otherwise (seed 0 -> 1); take another folder" in capsys.readouterr().err
 
 
@@ -100,15 +100,22 @@ def test_two_processes_write_the_same_files(source, tmp_path, monkeypatch):
 def test_training_takes_them(source, tmp_path):
     assert run(source, tmp_path / "latents") == 0
     changes = {"model": {"in_channels": 4}, "data": {"kind": "latents", "path": str(tmp_path / "latents")}}
+    vae = str(source[0] / "pipeline")
+    changes["log"] = {"sample_every": 1, "sample_steps": 1, "vae": vae}
     assert train(make_config(tmp_path / "run", steps=1, batch_size=4, **changes)) == FINISHED
+    with Image.open(tmp_path / "run" / "samples" / "step-00000001.png") as picture:  # 8x8 latents are 16x16 images
+        assert picture.size == (4 * 34 - 2, 10 * 34 - 2)
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
+        Trainer(make_config(tmp_path / "other", **changes | {"log": {"sample_every": 1, "vae": "nowhere"}}))
+    assert not (tmp_path / "other").exists()
 
 
 def test_what_is_not_there(source, tmp_path, capsys):
     root, _ = source
-    assert main(["latents", str(root / "none"), str(tmp_path), "--vae", str(root / "pipeline")]) == 1
+    assert main(["latents", str(root / "none"), str(tmp_path), "--vae", str(root / "pipeline")]) == 2
     assert f"images is {root}/none, which does not exist" in capsys.readouterr().err
-    assert run(source, tmp_path, "--vae", root / "images") == 1
+    assert run(source, tmp_path, "--vae", root / "images") == 2
     assert f"vae {root}/images is not an AutoencoderKL" in capsys.readouterr().err
-    assert run(source, tmp_path, "--size", 0) == 1
+    assert run(source, tmp_path, "--size", 0) == 2
     assert "size is 0, must be at least 1" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -38,7 +38,8 @@ def assert_close_runs(config, expected):
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         scale = theirs[name].abs().max().clamp(min=1e-3)
-        assert ((tensor - theirs[name]).abs().max() / scale).item() < 2e-3, name
+        tolerance = 2e-3 if name.startswith(("model.", "average.")) else 1e-4  # gradients and their squares
+        assert ((tensor - theirs[name]).abs().max() / scale).item() < tolerance, name
     for a, b in zip(log_of(config), log_of(expected), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-4)
@@ -67,6 +68,16 @@ def test_two_processes_are_one(together, alone):
     exported = FlexDiT.from_pretrained(Path(together.output) / "model")
     for name, tensor in average.state_dict().items():
         assert tensor.equal(exported.state_dict()[name])
+
+
+def test_sharded_with_all_that_saves_memory(tmp_path):
+    changes = {"precision": "bfloat16", "activation_checkpointing": True, "accumulation": 2, "steps": 4}
+    alone = make_config(tmp_path / "alone", **changes)
+    sharded = make_config(tmp_path / "sharded", parallel={"strategy": "fsdp2"}, **changes)
+    assert in_process(train, alone) == FINISHED and in_ranks(2, train, sharded) == [FINISHED, FINISHED]
+    for a, b in zip(log_of(alone), log_of(sharded), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=0.02)
 
 
 def test_shards_hold_each_number_once(together):
@@ -102,16 +113,14 @@ def check_loaded(config, folder):
     return 0
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_any_number_of_processes_loads_it(together, alone, tmp_path, strategy):
-    """2 to 1 and 3, of the same and the other strategy; 3 do not divide most sizes, and one row leaves two idle."""
+def test_any_number_of_processes_loads_it(together, tmp_path):
+    """2 to 1 and to 3 sharded ones, which do not divide most sizes; of one row, two have none."""
     shutil.copytree(together.output, tmp_path / "run")
     torch.save(whole_tensors(newest(together)), tmp_path / "wanted.pt")
-    for world in (1, 3):
-        config = make_config(tmp_path / "run", parallel={"strategy": strategy}, batch_size=8 if world < 3 else 9)
-        if world == 3:  # its batch cannot be split in three
-            rewrite_config(newest(config), batch_size=9)
-        assert in_ranks(world, check_loaded, config, tmp_path) == [0] * world
+    assert check_loaded(make_config(tmp_path / "run"), tmp_path) == 0
+    rewrite_config(newest(make_config(tmp_path / "run")), batch_size=9)  # 8 cannot be split in three
+    config = make_config(tmp_path / "run", batch_size=9, parallel={"strategy": "fsdp2"})
+    assert in_ranks(3, check_loaded, config, tmp_path) == [0, 0, 0]
 
 
 def rewrite_config(checkpoint: Path, **changes):
@@ -187,7 +196,7 @@ def test_not_finite_names_the_rank(tmp_path):
     assert in_ranks(2, blow_up_on_one, config) == [1, 1]
     error = (tmp_path / "error0").read_text()
     assert error == (tmp_path / "error1").read_text()
-    assert error.startswith("the loss of step 10 is not finite:\nrank 1: digit ") and "rank 0" not in error
+    assert error.startswith("the loss of step 10 is not finite; rank 1: digit ") and "rank 0" not in error
     assert error.endswith("step-00000008")
 
 

@@ -117,6 +117,19 @@ def test_terminated(tmp_path, whole, number):
     assert_same_run(config, whole)
 
 
+def train_in_a_group(config):
+    os.setpgid(0, 0)
+    call_at(Trainer, "_train_step", 6, lambda: os.killpg(0, signal.SIGTERM))
+    return train(config)
+
+
+def test_a_signal_to_the_loading_processes_too(tmp_path, whole):
+    """As job schedulers send it."""
+    config = make_config(tmp_path, data={"workers": 1})
+    assert in_process(train_in_a_group, config) == TERMINATED
+    resume(config, whole)
+
+
 def damage(path: Path, place: int) -> None:
     content = bytearray(path.read_bytes())
     content[place] ^= 1
@@ -200,7 +213,7 @@ def test_gradient_that_is_not_finite(tmp_path, monkeypatch):
     monkeypatch.setattr(  # sqrt's slope at 0 is infinite
         trainer, "_loss", lambda *args: original(*args) + ((original(*args) * 0).sqrt() if trainer.step == 5 else 0)
     )
-    with pytest.raises(TrainingError, match=r"the gradient of step 6 has the norm nan.*\n.*\n.*step-00000004"):
+    with pytest.raises(TrainingError, match=r"the gradient of step 6 has the norm nan, .*; the batch: .*step-00000004"):
         trainer.run()
 
 

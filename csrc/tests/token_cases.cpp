@@ -84,7 +84,7 @@ OpCase residual_case(const Size& s, bool y_per_sample) {
   const int64_t rows = s.batch.rows(), b = s.batch.size(), c = s.c;
   OpCase o{.op = "gated_residual",
            .variant = label(s, y_per_sample ? "y per sample" : ""),
-           .inputs = {{"x", rows, c, false, true}, {"y", y_per_sample ? b : rows, c}, {"gate", b, c, true, true}},
+           .inputs = {{"x", rows, c, false, true}, {"y", y_per_sample ? b : rows, c}, {"gate", b, c, true, true, true}},
            .outputs = {{"out", rows, c}}};
   o.naive = [=](const std::vector<Values>& in) {
     return std::vector{naive::gated_residual(in[0], in[1], in[2], s.batch.dense, y_per_sample)};
@@ -114,7 +114,8 @@ OpCase residual_norm_case(const Size& s) {
   const int64_t rows = s.batch.rows(), b = s.batch.size(), c = s.c;
   OpCase o{.op = "gated_residual",
            .variant = label(s, "normed"),
-           .inputs = {{kStart, rows, c}, {"y", rows, c}, {"gate", b, c}, {"shift", b, c}, {"scale", b, c}},
+           .inputs =
+               {{kStart, rows, c}, {"y", rows, c}, {"gate", b, c, true, false, true}, {"shift", b, c}, {"scale", b, c}},
            .outputs = {{"x", rows, c, true, true}, {"normed", rows, c}}};
   o.naive = [=](const std::vector<Values>& in) {
     const Values out = naive::gated_residual(in[0], in[1], in[2], s.batch.dense, false);

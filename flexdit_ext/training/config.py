@@ -110,7 +110,8 @@ class CheckpointSettings:
 @dataclass(frozen=True)
 class LogSettings:
     """every: steps per line of log.jsonl. buckets: of the timestep, a mean loss for each. sample_every: steps between
-    sample grids, 0 draws none. peak_tflops: of the device at this precision, for MFU; 0 looks it up."""
+    sample grids, 0 draws none. vae: the folder of a diffusers AutoencoderKL, which makes pictures of samples that are
+    latents. peak_tflops: of the device at this precision, for MFU; 0 looks it up."""
 
     every: int = 50
     buckets: int = 10
@@ -121,6 +122,7 @@ class LogSettings:
     sample_columns: int = 4
     sample_classes: int = 10
     sample_cfg_scale: float = 1.5
+    vae: str | None = None
 
 
 @dataclass(frozen=True)

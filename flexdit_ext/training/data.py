@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -167,5 +168,11 @@ def batches(
     """Samples [n, C, H, W] and labels [n] for one forward pass after the other."""
     sampler = _Batches(draws, config, first_step, rank, world)
     workers = config.data.workers
-    loader = DataLoader(data, batch_sampler=sampler, collate_fn=as_it_is, num_workers=workers, pin_memory=pin)
-    return iter(loader)
+    options = {"num_workers": workers, "pin_memory": pin, "worker_init_fn": _ignore_signals}
+    return iter(DataLoader(data, batch_sampler=sampler, collate_fn=as_it_is, **options))
+
+
+def _ignore_signals(_) -> None:
+    """A signal to the whole process group must not take the loaders from a run that is about to save."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from .._files import all_or_nothing
 from ..checkpoint import fsync
 from ..sampling import derive_seed, normal_noise
 from .data import ImageFolder, as_it_is
-from .pictures import write_whole
 
 _METADATA_KEY = "flexdit_latents"
 
@@ -52,7 +52,7 @@ def load_vae(path: str):
 
     folder = os.path.join(path, "vae") if os.path.isdir(os.path.join(path, "vae")) else path
     try:
-        return AutoencoderKL.from_pretrained(folder).eval().requires_grad_(False)
+        return AutoencoderKL.from_pretrained(folder, use_safetensors=True).eval().requires_grad_(False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"vae {path} is not an AutoencoderKL that diffusers can load: {error}") from error
 
@@ -62,8 +62,8 @@ def write_latents(
 ) -> list[Path]:
     """Writes latents-*.safetensors into `target` and returns the shards of this rank: every `world`-th.
 
-    A shard holds `latents` [n, C, h, w], scaled as diffusion models take them ((z - shift) * scaling), and `labels` [n]
-    int64. Whole shards of an earlier call are kept, so that a call that was broken off goes on; one that was made
+    A shard holds `latents` [n, C, h, w], scaled as diffusion models take them, (z - shift - mean) * scaling / std of the
+    autoencoder's configuration, and `labels` [n] int64. Whole shards of an earlier call are kept, so that a call that was broken off goes on; one that was made
     with other settings is a ValueError.
     """
     data = ImageFolder(settings.images, channels=3, size=settings.size, name="images")
@@ -107,8 +107,7 @@ def _is_whole(path: Path) -> bool:
 @torch.no_grad()
 def _encode(data: ImageFolder, rows: range, settings: LatentSettings, vae, device, workers) -> tuple[Tensor, Tensor]:
     """Rows of the whole: images, then the same mirrored."""
-    scaling = vae.config.scaling_factor
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    shift, scaling = _normalisation(vae.config, device)
     batches = [rows[i : i + settings.batch_size] for i in range(0, len(rows), settings.batch_size)]
     indices = [[row % len(data) for row in batch] for batch in batches]
     loader = DataLoader(data, batch_sampler=indices, collate_fn=as_it_is, num_workers=workers)
@@ -126,13 +125,24 @@ def _encode(data: ImageFolder, rows: range, settings: LatentSettings, vae, devic
     return torch.cat(latents).contiguous(), torch.cat(labels)  # convolutions may answer channels last
 
 
+def _normalisation(config, device) -> tuple[Tensor, Tensor]:
+    """What is taken from latents, and by what they are multiplied then; broadcast to [n, C, h, w]."""
+    shift = torch.tensor(getattr(config, "shift_factor", None) or 0.0, device=device)
+    scaling = torch.tensor(config.scaling_factor, device=device)
+    if config.latents_mean is not None and config.latents_std is not None:
+        mean, std = (
+            torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std)
+        )
+        shift, scaling = shift + mean, scaling / std
+    return shift, scaling
+
+
 def _write_shard(path: Path, latents: Tensor, labels: Tensor, metadata: str) -> None:
-    def write(staged: Path) -> None:
+    with all_or_nothing(path.parent) as folder:
+        staged = folder / path.name
         try:
             safetensors.torch.save_file({"latents": latents, "labels": labels}, staged, {_METADATA_KEY: metadata})
         except safetensors.SafetensorError as error:  # what safetensors makes of an OSError
             raise OSError(f"cannot write {path}: {error}") from error
         os.chmod(staged, 0o644)
         fsync(staged)
-
-    write_whole(path, write)

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from .._files import all_or_nothing, png, write_file
 from .config import LogSettings
-from .pictures import save_png
 
 LOG_NAME = "log.jsonl"
 # Dense bfloat16 TFLOP/s as NVIDIA's data sheets give them.
@@ -125,7 +125,8 @@ class RunLog:
     def samples(self, step: int, pixels: np.ndarray) -> None:
         """A sample grid, uint8 [height, width, 3], into samples/step-*.png and tensorboard."""
         with self._forgiving():
-            save_png(self.path.parent / "samples" / f"step-{step:08d}.png", pixels)
+            with all_or_nothing(self.path.parent / "samples") as folder:
+                write_file(folder / f"step-{step:08d}.png", png(pixels))
             if self._writer is not None:
                 self._writer.add_image("samples", pixels, step, dataformats="HWC")
                 self._writer.flush()

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._vae import load_decoder
+from ..blocks import Block
 from ..diffusion import ddpm_loss, flow_loss
 from ..diffusion.ddpm import NUM_TIMESTEPS, at_least_float32
 from ..model import FlexDiT
@@ -99,6 +101,8 @@ class Trainer:
         config, parallel = self.config, self.parallel
         setup = set_up(config, parallel.world)
         self.model, self.data, self.draws = setup.model, setup.data, setup.draws
+        self._decode = None
+        parallel.on_main(self._load_decoder)
         parallel.on_main(self._claim_folder)
         # In eval(): labels are dropped here, by the draws of their slots.
         self.model.eval()
@@ -107,7 +111,7 @@ class Trainer:
         self.wrapped = parallel.wrap(self.model)
         if config.compile:
             self._compile()
-        self.parameters = dict(self.model.named_parameters())
+        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.average = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.optimizer = self._new_optimizer()
         self.slots = rank_slots(config, parallel.rank, parallel.world)
@@ -116,6 +120,11 @@ class Trainer:
         self._pending: _Pending | None = None
         self._macs: dict = {}
         self.window = Window(config.log.buckets, self._resume())
+
+    def _load_decoder(self) -> None:
+        log, device = self.config.log, self.parallel.device
+        if log.vae is not None and log.sample_every:
+            self._decode = load_decoder(Path(log.vae), self.model.config.in_channels, device)
 
     def _claim_folder(self) -> None:
         """The run's folder, with a lock that the kernel releases when the process ends, however it ends."""
@@ -132,13 +141,13 @@ class Trainer:
         self._lock = lock
 
     def _compile(self) -> None:
-        """In place, so that names stay; FSDP2 gathers a block's weights between blocks, so those are compiled there."""
-        if self.parallel.sharded:
-            for block in self.model.modules():
-                if block is not self.model and hasattr(block, "set_requires_gradient_sync"):
-                    block.compile()
-        else:
+        """In place, so that names stay. FSDP2 gathers weights in hooks around a block: what is within is compiled."""
+        if not self.parallel.sharded:
             self.model.compile()
+            return
+        for block in self.model.modules():
+            if isinstance(block, Block):
+                block.forward = torch.compile(block.forward)
 
     def _new_optimizer(self) -> torch.optim.AdamW:
         settings = self.config.optimizer
@@ -370,7 +379,7 @@ class Trainer:
         where = f"step {pending.step + 1}"
         lines = [f"the gradient of {where} has the norm {norm}, all losses are finite"]
         if not np.isfinite(losses).all():
-            lines = [f"the loss of {where} is not finite:"]
+            lines = [f"the loss of {where} is not finite"]
         for rank in range(self.parallel.world):
             slots = [slot for part in rank_slots(self.config, rank, self.parallel.world) for slot in part]
             bad = [slot for slot in slots if not math.isfinite(losses[slot])]
@@ -385,7 +394,7 @@ class Trainer:
         good = checkpoints.checkpoints(self.folder / "checkpoints")
         lines.append(f"the batch: {ids}")
         lines.append(f"last good checkpoint: {good[-1] if good else 'none'}")
-        return "\n".join(lines)
+        return "; ".join(lines)
 
     # ---- what the run leaves
 
@@ -415,19 +424,18 @@ class Trainer:
 
     def averaged_model(self) -> FlexDiT | None:
         """On the main process's CPU, in evaluation mode; None on the others, which have to call it as well."""
-        tensors = self.parallel.full(self.average)
+        tensors = self.parallel.full(self.model.state_dict() | self.average)
         if tensors is None:
             return None
         with torch.device("meta"):
             model = FlexDiT(self.model.config)
-        position = self.model.pos_embed.detach().cpu()
-        model.load_state_dict(tensors | {"pos_embed": position}, assign=True)
+        model.load_state_dict(tensors, assign=True)
         return model.eval().requires_grad_(False)
 
     def _sample(self, log: RunLog | None) -> None:
         model = self.averaged_model()
         if model is not None:
-            log.samples(self.step, sample_grid(model.to(self.parallel.device), self.config))
+            log.samples(self.step, sample_grid(model.to(self.parallel.device), self.config, self._decode))
 
     def _finish(self) -> None:
         model = self.averaged_model()

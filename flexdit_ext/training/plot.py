@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from .._files import all_or_nothing, write_file
 from .log import LOG_NAME, read_log
-from .pictures import write_whole
 
 
 def plot(run: Path, target: Path | None = None) -> Path:
@@ -42,6 +43,8 @@ def plot(run: Path, target: Path | None = None) -> Path:
     speed.set(title="images/s" + ("" if all(np.isnan(mfu)) else "; MFU (right, orange)"), xlabel="step")
     for axes in (loss, by_timestep, gradient, speed):
         axes.grid(alpha=0.3)
-    target = target or run / "curves.png"
-    write_whole(target, lambda staged: figure.savefig(staged, dpi=110, format="png"))
+    target, file = target or run / "curves.png", io.BytesIO()
+    figure.savefig(file, dpi=110, format="png")
+    with all_or_nothing(target.parent) as folder:
+        write_file(folder / target.name, file.getvalue())
     return target
