@@ -159,7 +159,7 @@ def test_a_build_without_cuda(monkeypatch):
     with torch.no_grad(), FakeTensorMode():
         layout = TokenLayout([(3, 1)], GPU)
         for body, arguments in {
-            ops._attention: (q, k, k, 1, layout.table, layout.table),
+            ops._attention: (q, k, k, 1, layout.table, layout.table, False, 0),
             ops._gated_residual: (q, k, gate, layout.table),
             ops._select_tokens: (torch.empty(2, device=GPU), [0], [1, 3, 3], 1000),
             ops._linear: (q, k, torch.empty(3, device=GPU)),
