@@ -387,24 +387,19 @@ def _core_schedule(begins: tuple[int, ...], sides: tuple[int, ...], num_timestep
     return _C.DensitySchedule(grids, list(begins), num_timesteps)
 
 
-def _largest(sides: Sequence[int]) -> int:
-    """Tokens of the largest of several grids."""
-    return max(f * h * w for f, h, w in zip(sides[::3], sides[1::3], sides[2::3], strict=True))
-
-
 @custom_op("flexdit_ext::select_tokens", mutates_args=())
-def _select_tokens(t: Tensor, begins: Sequence[int], sides: Sequence[int], num_timesteps: int) -> Tensor:
+def _select_tokens(t: Tensor, begins: Sequence[int], sides: Sequence[int], num_timesteps: int, slices: int) -> Tensor:
+    """slices: of the row map."""
     require_device("select_tokens", t=t)
-    slices = 1 + row_map_slices(_largest(sides))
-    mapped = torch.empty(slices, t.shape[0] + 1, 4, dtype=torch.int32, device=t.device)
+    mapped = torch.empty(1 + slices, t.shape[0] + 1, 4, dtype=torch.int32, device=t.device)
     schedule = _core_schedule(tuple(begins), tuple(sides), num_timesteps)
     _C.select_tokens(t.to(torch.float64).contiguous(), schedule, mapped, execution(t))
     return mapped
 
 
 @_select_tokens.register_fake
-def _(t, begins, sides, num_timesteps):
-    return t.new_empty(1 + row_map_slices(_largest(sides)), t.shape[0] + 1, 4, dtype=torch.int32)
+def _(t, begins, sides, num_timesteps, slices):
+    return t.new_empty(1 + slices, t.shape[0] + 1, 4, dtype=torch.int32)
 
 
 def select_tokens(t: Tensor, schedule: DensitySchedule) -> TokenLayout:
@@ -419,10 +414,11 @@ def select_tokens(t: Tensor, schedule: DensitySchedule) -> TokenLayout:
     if not isinstance(schedule, DensitySchedule):
         raise TypeError(f"schedule is {type(schedule).__name__}, must be a DensitySchedule")
     sides = [side for grid in schedule.grids for side in (1, *grid)[-3:]]
-    mapped = _select_tokens(t, list(schedule.begins), sides, schedule.num_timesteps)
+    grids = list(zip(sides[::3], sides[1::3], sides[2::3], strict=True))
+    largest, widest = max(f * h * w for f, h, w in grids), max(h * w for _, h, w in grids)
+    slices = row_map_slices(largest)
+    mapped = _select_tokens(t, list(schedule.begins), sides, schedule.num_timesteps, slices)
     if t.is_cuda or torch.compiler.is_compiling():
-        grids = list(zip(sides[::3], sides[1::3], sides[2::3], strict=True))
-        largest, widest = max(f * h * w for f, h, w in grids), max(h * w for _, h, w in grids)
         return TokenLayout._of(mapped, t.shape[0] * largest, t.shape[0] * widest, max(sides[::3]))
     rows = int(mapped[0, -1, 0])
     return TokenLayout._of(mapped, rows, rows, None)
