@@ -149,7 +149,7 @@ def mean_case(batch: int, grid, hidden: int) -> Case:
         return reference._modulated_layer_norm(_by_sample(x, batch), shift[:, None], scale[:, None]).mean(1)
 
     def ours(device):
-        table = layouts(device, batch, grid)[0].table
+        table = layouts(device, batch, grid)[0].mapped
         return lambda x, shift, scale: ops._modulated_mean(x, shift, scale, table, 1e-6)
 
     return Case(
@@ -220,7 +220,7 @@ def gather_case(batch: int, grid, sparse_grid, hidden: int) -> Case:
 
     def ours(device):
         dense, sparse = layouts(device, batch, grid, sparse_grid)
-        return lambda s, x: ops._gather_sparse(s, x, dense.table, sparse.table)
+        return lambda s, x: ops._gather_sparse(s, x, dense.mapped, sparse.mapped)
 
     def rival(s, x):
         index = nearest(sparse_grid, grid, s.device)

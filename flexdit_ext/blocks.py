@@ -100,8 +100,8 @@ class Block(nn.Module):
     ) -> Tensor:
         """adapter: of peft, the only one to apply; None applies the active ones."""
         parameters = [p for layer in self.linears() for p in effective_parameters(layer, adapter)]
-        other_table = None if other_layout is None else other_layout.table
-        named = {"condition": condition, "other": other, "layout": layout.table, "other_layout": other_table}
+        other_table = None if other_layout is None else other_layout.mapped
+        named = {"condition": condition, "other": other, "layout": layout.mapped, "other_layout": other_table}
         require_device(x.device, parameters, **named, position=position)
         dtype = autocast_dtype(x)
         x, condition, other, position = cast([x, condition, other, position], dtype)
@@ -116,7 +116,7 @@ class Block(nn.Module):
             other,
             condition,
             position,
-            layout.table,
+            layout.mapped,
             other_table,
             float(self.mlp_norm_eps),
             save,

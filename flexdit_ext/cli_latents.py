@@ -6,6 +6,10 @@ import argparse
 import os
 from pathlib import Path
 
+import torch
+
+from .cli_train import needing
+
 
 def add_parser(commands) -> None:
     parser = commands.add_parser(
@@ -30,15 +34,14 @@ def add_parser(commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    import torch
-
-    from .training.latents import LatentSettings, write_latents
-
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     names = ("images", "vae", "size", "flip", "mean", "seed", "dtype", "batch_size", "shard_size")
-    settings = LatentSettings(**{name: getattr(arguments, name) for name in names})
     target = Path(arguments.target)
-    paths = write_latents(settings, target, rank, world, arguments.device or gpu, arguments.workers)
+    with needing("train,diffusers"):
+        from .training.latents import LatentSettings, write_latents
+
+        settings = LatentSettings(**{name: getattr(arguments, name) for name in names})
+        paths = write_latents(settings, target, rank, world, arguments.device or gpu, arguments.workers)
     print(f"written: {len(paths)} shards in {target}")
     return 0

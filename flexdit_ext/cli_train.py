@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from pathlib import Path
 
@@ -31,9 +32,18 @@ def add_parser(commands) -> None:
     plot.set_defaults(run=run_plot)
 
 
-def run_train(arguments: argparse.Namespace) -> int:
-    from .training import load_config, set_up, train
+@contextlib.contextmanager
+def needing(extra: str):
+    """Around imports of what an extra brings: an ImportError that names it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{error.name} is not installed: pip install 'flexdit_ext[{extra}]'") from error
 
+
+def run_train(arguments: argparse.Namespace) -> int:
+    with needing("train"):
+        from .training import load_config, set_up, train
     config = load_config(arguments.config, arguments.set)
     if arguments.check:
         setup = set_up(config, int(os.environ.get("WORLD_SIZE", "1")))
@@ -43,7 +53,7 @@ def run_train(arguments: argparse.Namespace) -> int:
 
 
 def run_plot(arguments: argparse.Namespace) -> int:
-    from .training.plot import plot
-
+    with needing("train"):
+        from .training.plot import plot
     print(f"written: {plot(Path(arguments.folder), arguments.out and Path(arguments.out))}")
     return 0

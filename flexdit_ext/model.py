@@ -152,7 +152,7 @@ class FlexDiT(nn.Module):
             config.timestep_shift,
         )
         x, weight, bias, position = cast([x, *effective_parameters(self.patch_embed, adapter), self.pos_embed], dtype)
-        tokens, _ = _block_ops.patch_embed(x, weight, bias, position, layout.table)
+        tokens, _ = _block_ops.patch_embed(x, weight, bias, position, layout.mapped)
         for block in self.pooling_blocks:
             tokens = self._run(block, tokens, condition, layout, adapter)
         position = position if config.reinject_position else None
@@ -164,7 +164,7 @@ class FlexDiT(nn.Module):
             cast(final_parameters, dtype),
             tokens,
             condition,
-            layout.table,
+            layout.mapped,
             config.out_channels,
             config.input_size,
             config.patch_size,

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import _C
 from ._arguments import check_count, check_floats, check_number, check_timesteps, check_width
 from ._core import empty_rows, execution, require_device, rows, workspace
-from .layout import TokenLayout
+from .layout import TokenLayout, row_map_slices
 from .schedule import DensitySchedule
 
 custom_op = torch.library.custom_op
@@ -93,7 +93,7 @@ def modulated_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, layout: TokenL
     width, samples = check_width("modulated_layer_norm", "x", x), layout.batch
     vectors = {"shift": (shift, (samples, width)), "scale": (scale, (samples, width))}
     check_floats("modulated_layer_norm", {"x": (x, (layout.rows, width)), **vectors}, layout=layout)
-    return _modulated_layer_norm(x, shift, scale, layout.table, check_number("eps", eps, 0))
+    return _modulated_layer_norm(x, shift, scale, layout.mapped, check_number("eps", eps, 0))
 
 
 # Gated residual
@@ -144,7 +144,7 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, layout: TokenLayout) -> T
     tokens = (layout.rows, width)
     shapes = {"x": (x, tokens), "y": (y, tokens), "gate": (gate, (layout.batch, width))}
     check_floats("gated_residual", shapes, layout=layout)
-    return _gated_residual(x, y, gate, layout.table)
+    return _gated_residual(x, y, gate, layout.mapped)
 
 
 # Linear layers and the pooled mean, parts of pooled attention and recovery
@@ -252,7 +252,7 @@ def pooled_attention(
     shapes |= {"v_weight": (v_weight, square), "v_bias": (v_bias, (width,))}
     shapes |= {"proj_weight": (proj_weight, square), "proj_bias": (proj_bias, (width,))}
     check_floats("pooled_attention", shapes, layout=layout)
-    mean = _modulated_mean(x, shift, scale, layout.table, check_number("eps", eps, 0))
+    mean = _modulated_mean(x, shift, scale, layout.mapped, check_number("eps", eps, 0))
     return _linear(_linear(mean, v_weight, v_bias), proj_weight, proj_bias)
 
 
@@ -302,7 +302,7 @@ def pool_tokens(x: Tensor, layout: TokenLayout, sparse_layout: TokenLayout) -> T
     _check_layouts(layout=layout, sparse_layout=sparse_layout)
     tokens = (layout.rows, check_width("pool_tokens", "x", x))
     check_floats("pool_tokens", {"x": (x, tokens)}, layout=layout, sparse_layout=sparse_layout)
-    return _pool_tokens(x, None, layout.table, sparse_layout.table, sparse_layout.rows)
+    return _pool_tokens(x, None, layout.mapped, sparse_layout.mapped, sparse_layout.rows)
 
 
 def pool_tokens_with_position(
@@ -310,7 +310,7 @@ def pool_tokens_with_position(
 ) -> Tensor:
     """As pool_tokens, of x + position: the fixed table [N, C] of the dense grid, or None. Pooling is linear, so this
     adds the pooled table to the sparse tokens."""
-    return _pool_tokens(x, position, layout.table, sparse_layout.table, sparse_layout.rows)
+    return _pool_tokens(x, position, layout.mapped, sparse_layout.mapped, sparse_layout.rows)
 
 
 @custom_op("flexdit_ext::gather_sparse", mutates_args=())
@@ -375,7 +375,7 @@ def recover_tokens(
     check_floats("recover_tokens", shapes, layout=layout, sparse_layout=sparse_layout)
     sparse = _linear(s, sparse_weight, sparse_bias)
     dense = _linear(x, dense_weight, dense_bias)
-    return _gather_sparse(sparse, dense, layout.table, sparse_layout.table)
+    return _gather_sparse(sparse, dense, layout.mapped, sparse_layout.mapped)
 
 
 # Timestep-dependent token selection
@@ -388,17 +388,18 @@ def _core_schedule(begins: tuple[int, ...], sides: tuple[int, ...], num_timestep
 
 
 @custom_op("flexdit_ext::select_tokens", mutates_args=())
-def _select_tokens(t: Tensor, begins: Sequence[int], sides: Sequence[int], num_timesteps: int) -> Tensor:
+def _select_tokens(t: Tensor, begins: Sequence[int], sides: Sequence[int], num_timesteps: int, slices: int) -> Tensor:
+    """slices: of the row map."""
     require_device("select_tokens", t=t)
-    table = torch.empty(t.shape[0] + 1, 4, dtype=torch.int32, device=t.device)
+    mapped = torch.empty(1 + slices, t.shape[0] + 1, 4, dtype=torch.int32, device=t.device)
     schedule = _core_schedule(tuple(begins), tuple(sides), num_timesteps)
-    _C.select_tokens(t.to(torch.float64).contiguous(), schedule, table, execution(t))
-    return table
+    _C.select_tokens(t.to(torch.float64).contiguous(), schedule, mapped, execution(t))
+    return mapped
 
 
 @_select_tokens.register_fake
-def _(t, begins, sides, num_timesteps):
-    return t.new_empty(t.shape[0] + 1, 4, dtype=torch.int32)
+def _(t, begins, sides, num_timesteps, slices):
+    return t.new_empty(1 + slices, t.shape[0] + 1, 4, dtype=torch.int32)
 
 
 def select_tokens(t: Tensor, schedule: DensitySchedule) -> TokenLayout:
@@ -413,12 +414,14 @@ def select_tokens(t: Tensor, schedule: DensitySchedule) -> TokenLayout:
     if not isinstance(schedule, DensitySchedule):
         raise TypeError(f"schedule is {type(schedule).__name__}, must be a DensitySchedule")
     sides = [side for grid in schedule.grids for side in (1, *grid)[-3:]]
-    table = _select_tokens(t, list(schedule.begins), sides, schedule.num_timesteps)
+    grids = list(zip(sides[::3], sides[1::3], sides[2::3], strict=True))
+    largest, widest = max(f * h * w for f, h, w in grids), max(h * w for _, h, w in grids)
+    slices = row_map_slices(largest)
+    mapped = _select_tokens(t, list(schedule.begins), sides, schedule.num_timesteps, slices)
     if t.is_cuda or torch.compiler.is_compiling():
-        grids = list(zip(sides[::3], sides[1::3], sides[2::3], strict=True))
-        largest, widest = max(f * h * w for f, h, w in grids), max(h * w for _, h, w in grids)
-        return TokenLayout.of(table, t.shape[0] * largest, t.shape[0] * widest, max(sides[::3]))
-    return TokenLayout.of(table, int(table[-1, 0]))
+        return TokenLayout._of(mapped, t.shape[0] * largest, t.shape[0] * widest, max(sides[::3]))
+    rows = int(mapped[0, -1, 0])
+    return TokenLayout._of(mapped, rows, rows, None)
 
 
 # Attention
@@ -514,5 +517,5 @@ def attention(
     check_count("num_heads", num_heads, 1, width)
     if width % num_heads:
         raise ValueError(f"num_heads is {num_heads}, must divide the {width} columns of q")
-    how = num_heads, layout_q.table, layout_k.table, across_frames, layout_q.positions
+    how = num_heads, layout_q.mapped, layout_k.mapped, across_frames, layout_q.positions
     return _attention(q, k, v, *how)[0]

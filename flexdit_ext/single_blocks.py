@@ -69,7 +69,7 @@ class Block(nn.Module):
         parameters = [parameter for layer in self.linears() for parameter in effective_parameters(layer)]
         caption = None if self.cross is None else caption
         text, text_table = (None, None) if caption is None else (caption.rows, caption.layout.table)
-        layout, other_table = tokens.layout, None if other_layout is None else other_layout.table
+        layout, other_table = tokens.layout, None if other_layout is None else other_layout.mapped
         attention_table = tokens.frames.table if self.axis == "space" and tokens.frames is not None else None
         require_device(x.device, [*parameters, self.modulation_table], modulation=modulation, other=other, caption=text)
         dtype = autocast_dtype(x)
@@ -86,7 +86,7 @@ class Block(nn.Module):
             other,
             own,
             text,
-            layout.table,
+            layout.mapped,
             other_table,
             attention_table,
             text_table,

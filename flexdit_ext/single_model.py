@@ -174,7 +174,7 @@ class SingleFlexDiT(nn.Module):
         position = self._position(dense_grid, x)
         x, weight, bias, position = cast([x, *effective_parameters(self.patch_embed), position], dtype)
         image = x.reshape(batch, channels, frames * height, width)
-        tokens, _ = _block_ops.patch_embed(image, weight, bias, position, layout.table)
+        tokens, _ = _block_ops.patch_embed(image, weight, bias, position, layout.mapped)
         k = 0
         for unit in (*self.pooling_blocks, *self.sdtm, *self.dense_blocks):
             blocks = sum(config.sdtm_blocks) if isinstance(unit, SparseDenseTokenModule) else 1

@@ -159,9 +159,9 @@ def test_a_build_without_cuda(monkeypatch):
     with torch.no_grad(), FakeTensorMode():
         layout = TokenLayout([(3, 1)], GPU)
         for body, arguments in {
-            ops._attention: (q, k, k, 1, layout.table, layout.table),
+            ops._attention: (q, k, k, 1, layout.table, layout.table, False, 0),
             ops._gated_residual: (q, k, gate, layout.table),
-            ops._select_tokens: (torch.empty(2, device=GPU), [0], [1, 3, 3], 1000),
+            ops._select_tokens: (torch.empty(2, device=GPU), [0], [1, 3, 3], 1000, 3),
             ops._linear: (q, k, torch.empty(3, device=GPU)),
         }.items():
             with pytest.raises(ValueError, match=r"is on cuda:0, but this build of flexdit_ext has no CUDA backend"):

@@ -231,7 +231,13 @@ def test_select_tokens(schedule, backend, device):
         assert layout.table.device.type == device.type
         assert layout.grids == expected == [schedule.grid(step) for step in t.tolist()]
         assert torch.equal(layout.table.cpu(), TokenLayout(expected).table)
+        assert torch.equal(layout.mapped[0], layout.table)
+        samples = torch.arange(len(t)).repeat_interleave(torch.tensor([math.prod(grid) for grid in expected]).long())
+        row_map = layout.mapped[1:].flatten().cpu()
+        assert torch.equal(row_map[: len(samples)], samples.int())
+        assert row_map[len(samples) :].eq(max(len(t) - 1, 0)).all()
         largest = len(t) * max(math.prod(grid) for grid in schedule.grids)
+        assert len(row_map) >= largest
         assert layout.rows == (largest if backend == "cuda" else layout.total)
 
 

@@ -169,6 +169,10 @@ def test_layout(grids):
     assert layout.batch == len(grids) and layout.total == layout.rows == sum(counts)
     assert layout.table.dtype == torch.int32 and layout.table.shape == (len(grids) + 1, 4)
     assert layout.table[:, 0].tolist() == [sum(counts[:i]) for i in range(len(grids) + 1)]
+    samples = [sample for sample, count in enumerate(counts) for _ in range(count)]
+    row_map = layout.mapped[1:].flatten().tolist()
+    assert row_map == samples + [max(len(grids) - 1, 0)] * (len(row_map) - len(samples))
+    assert torch.equal(layout.mapped[0], layout.table)
     # A clip of one frame is an image.
     assert layout.grids == [grid[1:] if len(grid) == 3 and grid[0] == 1 else grid for grid in grids]
 
@@ -177,7 +181,9 @@ def test_layout(grids):
 @pytest.mark.parametrize("batch", [0, 1, 7])
 def test_uniform_layout(batch, grid):
     layout, expected = TokenLayout.uniform(batch, grid), TokenLayout([grid] * batch)
+    assert torch.equal(layout.mapped, expected.mapped) or batch == 0  # whose grid only one of them knows
     assert torch.equal(layout.table, expected.table) and layout.rows == expected.rows
+    assert torch.equal(layout.mapped[0], layout.table)
     assert repr(layout) == f"TokenLayout({[grid] * batch})"
 
 

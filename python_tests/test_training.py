@@ -69,7 +69,7 @@ def test_steps_are_adamw_on_the_loss(tmp_path, loss):
 
 
 def test_it_learns(tmp_path):
-    config = make_config(tmp_path, steps=120, batch_size=32, log={"every": 20}, checkpoint={"every": 1000})
+    config = make_config(tmp_path, steps=80, batch_size=16, log={"every": 20}, checkpoint={"every": 1000})
     train(config)
     losses = [line["loss"] for line in log_of(config)]
     assert losses[-1] < 0.75 * losses[0]

@@ -1,5 +1,7 @@
 """Configurations: TOML, --set, and every mistake named before anything starts."""
 
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -88,7 +90,7 @@ def test_files_that_are_no_configuration(tmp_path):
     [
         (2, {"batch_size": 7}, "batch_size is 7, must be a multiple of 2: 2 processes times accumulation 1"),
         (1, {"batch_size": 8, "accumulation": 3}, "must be a multiple of 3: 1 processes times accumulation 3"),
-        (1798, {"batch_size": 1798}, "1798 processes are more than the 1797 samples of the data set"),
+        (1298, {"batch_size": 1298}, "1298 processes are more than the 1297 samples of the data set"),
         (1, {"model": {"hidden_size": 15}}, "model: hidden_size is 15, must be a multiple of num_heads"),
         (1, {"model": {"input_size": 16}}, r"samples of shape \(1, 8, 8\), the model takes \(1, 16, 16\)"),
         (1, {"model": {"num_classes": 9}}, "has 10 classes, model.num_classes is only 9"),
@@ -124,7 +126,15 @@ def test_command_line_checks(tmp_path, capsys):
     text += "".join(f"{key} = {str(value).lower()}\n" for key, value in MODEL.items() if key != "schedule")
     (tmp_path / "run.toml").write_text(text + 'schedule = { grids = [[2, 2]] }\n[data]\nkind = "digits"\n')
     assert main(["train", "--config", str(tmp_path / "run.toml"), "--check"]) == 0
-    assert capsys.readouterr().out.startswith("1797 samples, ")
+    assert capsys.readouterr().out.startswith("1297 samples, ")
+
+
+def test_what_is_not_installed_is_named_with_its_extra(file, capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("flexdit_ext.training")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    assert main(["train", "--config", str(file)]) == 2
+    assert "accelerate is not installed: pip install 'flexdit_ext[train]'" in capsys.readouterr().err
 
 
 def test_models(tmp_path):

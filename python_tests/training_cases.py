@@ -29,7 +29,7 @@ MODEL = {
 # One interpreter with torch loaded, from which every process forks.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["flexdit_ext.training", "accelerate", "sklearn.datasets", "torch._dynamo", "torch.distributed.fsdp"]
+    ["flexdit_ext.training", "accelerate", "sklearn.model_selection", "torch._dynamo", "torch.distributed.fsdp"]
 )
 
 
@@ -75,6 +75,7 @@ def wait(process, timeout=120):
 
 def _exit_with(function, *arguments):
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of loading processes; another server would load torch again
     raise SystemExit(function(*arguments))
 
 

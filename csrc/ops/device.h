@@ -3,12 +3,18 @@
 
 #include <omp.h>
 
+#include <algorithm>
+
 #include "cpu/kernels.h"
 #include "cuda/kernels.h"
 
 namespace flexdit {
 
-inline int threads_of(const Execution& exec) { return exec.threads > 0 ? exec.threads : omp_get_max_threads(); }
+// At most what OMP_THREAD_LIMIT grants: oneDNN shares its work among the threads that it asks for, and of fewer the rest
+// is not done.
+inline int threads_of(const Execution& exec) {
+  return std::min(exec.threads > 0 ? exec.threads : omp_get_max_threads(), omp_get_thread_limit());
+}
 
 // Calls one of two functions with `p` on `exec`, after `check`; without CUDA kernels the second does not exist, and the
 // checks have refused the device.

@@ -139,10 +139,15 @@ void bind_tokens(py::module_& m) {
           clear_spare_rows(matrix(grad_s), layout(sparse), exec);
         });
   m.def("select_tokens", [](py::object t, const DensitySchedule& schedule, py::object table, const Execution& exec) {
-    const auto count = t.attr("shape").cast<std::vector<int64_t>>().at(0);
+    const TokenLayout written = layout(table);
+    const auto slices = written.row_map ? table.attr("shape").cast<std::vector<int64_t>>()[0] - 1 : 0;
     run(select_tokens,
-        SelectTokens{
-            .t = pointer<const double>(t), .batch = count, .schedule = &schedule, .table = pointer<LayoutRow>(table)},
+        SelectTokens{.t = pointer<const double>(t),
+                     .batch = written.batch,
+                     .schedule = &schedule,
+                     .table = const_cast<LayoutRow*>(written.table),
+                     .row_map = const_cast<int32_t*>(written.row_map),
+                     .rows = slices * 4 * (written.batch + 1)},
         exec);
   });
 }

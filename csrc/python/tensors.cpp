@@ -63,8 +63,12 @@ std::vector<Matrix> matrices(const py::sequence& tensors) {
 TokenLayout layout(py::handle table) {
   if (table.is_none()) return {};
   const auto shape = table.attr("shape").cast<std::vector<int64_t>>();
-  if (shape.size() != 2 || shape[0] < 1 || shape[1] != 4) throw ArgumentError("layout table must be [batch + 1, 4]");
-  return {pointer<const LayoutRow>(table), shape[0] - 1};
+  const size_t lines = shape.size() == 3 ? 1 : 0;  // the dimension of samples
+  if (shape.size() != 2 + lines || shape[lines] < 1 || shape[lines + 1] != 4)
+    throw ArgumentError("layout table must be [batch + 1, 4] or, with a row map, [k, batch + 1, 4]");
+  TokenLayout l{pointer<const LayoutRow>(table), shape[lines] - 1};
+  if (lines && shape[0] > 1) l.row_map = reinterpret_cast<const int32_t*>(l.table + shape[lines]);
+  return l;
 }
 
 void clear_spare_rows(const Matrix& m, const TokenLayout& layout, const Execution& exec) {

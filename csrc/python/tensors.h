@@ -46,7 +46,7 @@ DType dtype_of(py::handle tensor);
 Matrix matrix(py::handle tensor);
 Matrix matrix_rows(py::handle tensor, int64_t rows);  // the first rows of it
 std::vector<Matrix> matrices(const py::sequence& tensors);
-TokenLayout layout(py::handle table);  // int32 [B + 1, 4]
+TokenLayout layout(py::handle table);  // int32 [B + 1, 4], or [k, B + 1, 4]: the table, then its row map, flat
 
 template <class T>
 T* pointer(py::handle tensor) {

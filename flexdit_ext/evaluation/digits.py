@@ -30,18 +30,23 @@ class DigitSplit(NamedTuple):
     held_out_labels: Tensor
 
 
-def load_split(seed: int) -> DigitSplit:
-    """Every class is held out in proportion; the same seed gives the same split. Raises ImportError."""
+def load_images() -> tuple[Tensor, Tensor]:
+    """All images [1797, 1, 8, 8] float32 in [-1, 1] and labels [1797] int64. Raises ImportError."""
     try:
         from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
     except ImportError as error:
         raise ImportError("the digits need scikit-learn: pip install scikit-learn, or flexdit_ext[demo]") from error
-    digits = load_digits()
-    images = torch.from_numpy(digits.images).float().unsqueeze(1) / 8 - 1  # values are 0..16
-    labels = torch.from_numpy(digits.target).long()
+    digits = load_digits()  # values are 0..16
+    return torch.from_numpy(digits.images).float().unsqueeze(1) / 8 - 1, torch.from_numpy(digits.target).long()
+
+
+def load_split(seed: int) -> DigitSplit:
+    """Every class is held out in proportion; the same seed gives the same split. Raises ImportError."""
+    images, labels = load_images()
+    from sklearn.model_selection import train_test_split
+
     train, held_out = train_test_split(
-        range(len(labels)), test_size=NUM_HELD_OUT, stratify=digits.target, random_state=seed
+        range(len(labels)), test_size=NUM_HELD_OUT, stratify=labels.numpy(), random_state=seed
     )
     return DigitSplit(images[train], labels[train], images[held_out], labels[held_out])
 

@@ -62,9 +62,9 @@ def write_latents(
 ) -> list[Path]:
     """Writes latents-*.safetensors into `target` and returns the shards of this rank: every `world`-th.
 
-    A shard holds `latents` [n, C, h, w], scaled as diffusion models take them, (z - shift - mean) * scaling / std of the
-    autoencoder's configuration, and `labels` [n] int64. Whole shards of an earlier call are kept, so that a call that was broken off goes on; one that was made
-    with other settings is a ValueError.
+    A shard holds `latents` [n, C, h, w], scaled as diffusion models take them: (z - shift - mean) * scaling / std of
+    the autoencoder's configuration; and `labels` [n] int64. Whole shards of an earlier call are kept, so that a call
+    that was broken off goes on; one that was made with other settings is a ValueError.
     """
     data = ImageFolder(settings.images, channels=3, size=settings.size, name="images")
     count = len(data) * (1 + settings.flip)

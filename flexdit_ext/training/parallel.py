@@ -116,7 +116,8 @@ class Parallel:
         return whole if self.is_main else None
 
     def close(self) -> None:
-        self.accelerator.free_memory()  # the module that it has wrapped
+        if self.world > 1:
+            self.accelerator.free_memory()  # the module that it has wrapped
         if dist.is_initialized():
             dist.destroy_process_group()
 
