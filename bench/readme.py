@@ -74,10 +74,16 @@ def engine_section(kind: str) -> str:
     return "\n\n".join(parts) or MISSING
 
 
+def training_section() -> str:
+    path = RESULTS / "training.md"
+    return path.read_text() if path.exists() else MISSING
+
+
 SECTIONS = {
     "cpu_model": cpu_section,
     "latency": functools.partial(engine_section, "latency"),
     "serving": functools.partial(engine_section, "serving"),
+    "training": training_section,
     "digits": demo_section,
     "gpu": gpu_section,
 }
