@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 
 from . import _C
 from ._checks import Grid
+from ._layout_config import LayoutConfig
 from .schedule import DensitySchedule
 
 _POSITIVE = ("input_size", "patch_size", "in_channels", "hidden_size", "num_heads", "num_classes")
@@ -24,7 +24,7 @@ _PRESETS = {
 
 
 @dataclass(frozen=True)
-class FlexDiTConfig:
+class FlexDiTConfig(LayoutConfig):
     """Configuration of FlexDiT.
 
     Args:
@@ -68,17 +68,7 @@ class FlexDiTConfig:
 
     def __post_init__(self):
         self._check_numbers()
-        blocks = self.sdtm_blocks
-        if not isinstance(blocks, (tuple, list)) or len(blocks) != 4 or any(type(n) is not int for n in blocks):
-            raise TypeError(f"sdtm_blocks is {blocks!r}, must be 4 ints (generation, sparse, recovery, dense)")
-        object.__setattr__(self, "sdtm_blocks", tuple(blocks))
-        if self.num_sdtm and (blocks[0] < 1 or blocks[2] < 1 or min(blocks) < 0):
-            raise ValueError(f"sdtm_blocks is {blocks}, must have a generation and a recovery block, and none below 0")
-        if self.depth == 0:
-            raise ValueError("num_pooling_blocks, num_sdtm and num_dense_blocks are all 0, the model has no blocks")
-        if isinstance(self.schedule, dict):
-            object.__setattr__(self, "schedule", DensitySchedule.from_dict(self.schedule))
-        self._check_schedule()
+        self._check_layout()
 
     def _check_numbers(self):
         for names, least in ((_POSITIVE, 1), (_COUNTS, 0)):
@@ -114,22 +104,6 @@ class FlexDiTConfig:
         if not 0 < self.mlp_ratio < math.inf or self.mlp_hidden_size < 1:
             raise ValueError(f"mlp_ratio is {self.mlp_ratio}, must be finite and give at least one unit")
 
-    def _check_schedule(self):
-        if self.schedule is None:
-            return
-        if not isinstance(self.schedule, DensitySchedule):
-            raise TypeError(f"schedule is {self.schedule!r}, must be a DensitySchedule or None")
-        for grid in self.schedule.grids:
-            self.check_sparse_grid("schedule", grid)
-
-    def check_sparse_grid(self, name: str, grid: Grid, dense: Grid | None = None) -> Grid:
-        """Raises ValueError unless `grid` fits into the dense grid: the config's, or `dense` of another image size."""
-        dense = dense or self.dense_grid
-        frames, height, width = (1, *grid)[-3:]
-        if frames != 1 or height > dense[0] or width > dense[1]:
-            raise ValueError(f"{name} has the sparse grid {grid}, at most the dense grid {dense} is allowed")
-        return grid
-
     @property
     def dense_grid(self) -> Grid:
         side = self.input_size // self.patch_size
@@ -138,15 +112,6 @@ class FlexDiTConfig:
     @property
     def out_channels(self) -> int:
         return self.in_channels * (2 if self.learn_sigma else 1)
-
-    @property
-    def mlp_hidden_size(self) -> int:
-        return int(self.hidden_size * self.mlp_ratio)
-
-    @property
-    def depth(self) -> int:
-        """Number of blocks."""
-        return self.num_pooling_blocks + self.num_sdtm * sum(self.sdtm_blocks) + self.num_dense_blocks
 
     @property
     def density_schedule(self) -> DensitySchedule:
@@ -166,20 +131,6 @@ class FlexDiTConfig:
         core.num_dense_blocks, core.reinject_position = self.num_dense_blocks, self.reinject_position
         core.timestep_shift, core.mlp_norm_eps = self.timestep_shift, self.mlp_norm_eps
         return core
-
-    def to_dict(self) -> dict:
-        """Plain values for JSON."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        values["sdtm_blocks"] = list(self.sdtm_blocks)
-        values["schedule"] = self.schedule.to_dict() if self.schedule else None
-        return values
-
-    @classmethod
-    def from_dict(cls, values: dict) -> FlexDiTConfig:
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"config has unknown keys {unknown}, allowed are {sorted(known)}")
-        return cls(**values)
 
     @classmethod
     def preset(cls, name: str, image_size: int = 256, **overrides) -> FlexDiTConfig:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 from ._checks import Grid, check_count, check_number
+from ._layout_config import LayoutConfig
 from .schedule import DensitySchedule
 
 _POSITIVE = ("input_size", "patch_size", "in_channels", "out_channels", "hidden_size", "num_heads")
@@ -23,7 +23,7 @@ def _scaled_schedule(dense_grid: Grid, grids_of_16: tuple[Grid, ...]) -> Density
 
 
 @dataclass(frozen=True)
-class _SingleConfig:
+class _SingleConfig(LayoutConfig):
     """What both have: blocks modulated as PixArt-alpha does, from one Linear and a table per block.
 
     Args:
@@ -73,22 +73,6 @@ class _SingleConfig:
             if self.hidden_size % divisor:
                 raise ValueError(f"hidden_size is {self.hidden_size}, must be a multiple of {name}")
         self._check_layout()
-        if isinstance(self.schedule, dict):
-            object.__setattr__(self, "schedule", DensitySchedule.from_dict(self.schedule))
-        if self.schedule is not None and not isinstance(self.schedule, DensitySchedule):
-            raise TypeError(f"schedule is {self.schedule!r}, must be a DensitySchedule or None")
-        for grid in self.schedule.grids if self.schedule else ():
-            self.check_sparse_grid("schedule", grid)
-
-    def _check_layout(self) -> None:
-        blocks = self.sdtm_blocks
-        if not isinstance(blocks, (tuple, list)) or len(blocks) != 4 or any(type(n) is not int for n in blocks):
-            raise TypeError(f"sdtm_blocks is {blocks!r}, must be 4 ints (generation, sparse, recovery, dense)")
-        object.__setattr__(self, "sdtm_blocks", tuple(blocks))
-        if self.num_sdtm and (blocks[0] < 1 or blocks[2] < 1 or min(blocks) < 0):
-            raise ValueError(f"sdtm_blocks is {blocks}, must have a generation and a recovery block, and none below 0")
-        if self.depth == 0:
-            raise ValueError("num_pooling_blocks, num_sdtm and num_dense_blocks are all 0, the model has no blocks")
 
     @property
     def base_grid(self) -> Grid:
@@ -100,41 +84,9 @@ class _SingleConfig:
         return self.base_grid
 
     @property
-    def mlp_hidden_size(self) -> int:
-        return int(self.hidden_size * self.mlp_ratio)
-
-    @property
-    def depth(self) -> int:
-        """Number of blocks."""
-        return self.num_pooling_blocks + self.num_sdtm * sum(self.sdtm_blocks) + self.num_dense_blocks
-
-    @property
     def density_schedule(self) -> DensitySchedule:
         """The schedule, or the default one on this model's grid."""
         return self.schedule or self.default_schedule(self.dense_grid)
-
-    def check_sparse_grid(self, name: str, grid: Grid, dense: Grid | None = None) -> Grid:
-        """Raises ValueError unless `grid` fits into the dense grid: the config's, or `dense` of another size."""
-        dense = dense or self.dense_grid
-        sides = zip((1, *grid)[-3:], (1, *dense)[-3:], strict=True)  # (h, w) is one frame
-        if any(side > most for side, most in sides):
-            raise ValueError(f"{name} has the sparse grid {grid}, at most the dense grid {dense} is allowed")
-        return grid
-
-    def to_dict(self) -> dict:
-        """Plain values for JSON."""
-        values = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
-        return values | {
-            "sdtm_blocks": list(self.sdtm_blocks),
-            "schedule": self.schedule.to_dict() if self.schedule else None,
-        }
-
-    @classmethod
-    def from_dict(cls, values: dict):
-        known = {one.name for one in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"config has unknown keys {unknown}, allowed are {sorted(known)}")
-        return cls(**values)
 
 
 @dataclass(frozen=True)
