@@ -1,6 +1,6 @@
 """Training on the CPU by density mode: images/s, memory and loss against reference.py, and what the digits learn.
 
-    python bench/training.py [--part speed|quality|all] [--rounds 5] [--seeds 3] [--out bench/results]
+    python bench/training.py [--part speed|memory|quality|all] [--rounds 5] [--seeds 3] [--out bench/results]
 
 Speed: S/2 at 256, float32; all contenders of a row run in this process and take turns. Quality: a FlexDiT of the demo's
 size, from the same dense model, in ragged and in piecewise training for the same number of steps. Run it on an idle
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -109,12 +108,12 @@ def speed(rounds: int) -> list[dict]:
         losses = {name: run() for name, run in runs.items()}
         assert max(losses.values()) - min(losses.values()) < 1e-4 * max(losses.values()), losses
         times = measure(runs, rounds)
-        for name, result in times.items():
+        for result in times.values():
             result["images_per_second"] = BATCH * len(grids) / result["median_ms"] * 1e3
-            result["peak_mb"] = peak_of(mode, name)
         rows.append({"name": mode, "passes": len(grids), "macs": macs_of(mode), "losses": losses, "contenders": times})
         del runs
         torch._dynamo.reset()
+    measure_memory(rows)
     return rows
 
 
@@ -126,7 +125,15 @@ def peak_of(mode: str, contender: str) -> float:
 
 def print_peak(mode: str, contender: str) -> None:
     training_step(make(mode, contender), grids_of(mode, config_of(mode).density_schedule))()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    # Not getrusage: its peak survives exec, so it would be this bench's own.
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    print(int(peak.split()[1]) / 1024)
+
+
+def measure_memory(rows: list[dict]) -> None:
+    for row in rows:
+        for name, result in row["contenders"].items():
+            result["peak_mb"] = peak_of(row["name"], name)
 
 
 def ragged_cost(rows: list[dict], other: str) -> float:
@@ -262,7 +269,7 @@ def verdict(value: float, most: float) -> str:
 
 
 def report(result: dict) -> str:
-    parts = [machine_line(result["machine"])]
+    parts = [machine_line(result["machine"]) + "\n"]
     if rows := result.get("speed"):
         parts.append(
             f"S/2 at 256, float32, batch {BATCH}, forward and backward, random weights. Every sample of a ragged batch "
@@ -287,7 +294,7 @@ def report(result: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["speed", "quality", "all"], default="all")
+    parser.add_argument("--part", choices=["speed", "memory", "quality", "all"], default="all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--fork", type=int, default=400, help="steps of the dense model")
@@ -301,11 +308,14 @@ def main() -> None:
         return print_peak(*arguments.memory)
     path = arguments.out / "training.json"
     result = json.loads(path.read_text()) if path.exists() and arguments.part != "all" else {}
-    result["machine"] = machine()
-    if arguments.part != "quality":
+    if arguments.part != "memory":
+        result["machine"] = machine()
+    if arguments.part == "memory":
+        measure_memory(result["speed"])
+    if arguments.part in ("speed", "all"):
         result["speed"] = speed(arguments.rounds)
         bars(result["speed"], arguments.out / "training.png")
-    if arguments.part != "speed":
+    if arguments.part in ("quality", "all"):
         result["quality"] = quality(
             arguments.seeds, arguments.fork, arguments.steps, arguments.sets, arguments.per_class
         )
