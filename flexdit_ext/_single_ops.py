@@ -16,10 +16,6 @@ from ._core import empty_rows, execution, require_device, workspace
 custom_op = torch.library.custom_op
 
 
-def _style(attention_table, across_frames, max_positions, caption, caption_table) -> tuple:
-    return attention_table, across_frames, max_positions, caption, caption_table
-
-
 def _count(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.shape[0]
 
@@ -31,19 +27,15 @@ def _bytes(kind, parameters, num_heads, x, other, modulation, caption) -> tuple[
 
 @lru_cache(maxsize=256)
 def _context_rates(kind: int, hidden: int, mlp_hidden: int, num_heads: int, caption: bool, dtype: torch.dtype) -> tuple:
-    """Context bytes per row of x, of other and of the caption; pieces of 64 rows are aligned, so these are exact."""
+    """Context bytes per sample and per row of x, of other and of the caption; pieces of 64 are aligned, so these are
+    exact."""
 
-    def context_bytes(rows, other_rows, caption_rows):
+    def context_bytes(batch, rows, other_rows, caption_rows):
         like = torch.empty(0, dtype=dtype, device="cpu")
-        counts = 0, rows, other_rows, caption, caption_rows
+        counts = batch, rows, other_rows, caption, caption_rows
         return _C.single_block_bytes(_C.BlockKind(kind), hidden, mlp_hidden, num_heads, *counts, like)[0]
 
-    return context_bytes(64, 0, 0) // 64, context_bytes(0, 64, 0) // 64, context_bytes(0, 0, 64) // 64
-
-
-def _pooled_bytes(kind: int, x: Tensor, modulation: Tensor) -> int:
-    """A pooling block keeps three vectors of each sample."""
-    return 3 * modulation.shape[0] * x.shape[1] * x.element_size() if kind == int(_C.BlockKind.pooling) else 0
+    return tuple(context_bytes(*(64 * (i == j) for j in range(4))) // 64 for i in range(4))
 
 
 def _empty_context(kind, parameters, num_heads, x, other, modulation, caption, save) -> Tensor:
@@ -52,8 +44,8 @@ def _empty_context(kind, parameters, num_heads, x, other, modulation, caption, s
         return x.new_empty(0, dtype=torch.uint8)
     sizes = int(x.shape[1]), int(parameters[-2].shape[1])  # a model's, so never symbolic in its graphs
     rates = _context_rates(kind, *sizes, num_heads, caption is not None, x.dtype)
-    counts = x.shape[0], _count(other), _count(caption)
-    size = sum(rate * count for rate, count in zip(rates, counts, strict=True)) + _pooled_bytes(kind, x, modulation)
+    counts = modulation.shape[0], x.shape[0], _count(other), _count(caption)
+    size = sum(rate * count for rate, count in zip(rates, counts, strict=True))
     return x.new_empty(size + 64 * 20, dtype=torch.uint8)  # alignment of the context's pieces, fewer than 20
 
 
@@ -101,7 +93,7 @@ def single_block(
         modulation,
         table,
         other_table,
-        _style(attention_table, across_frames, max_positions, caption, caption_table),
+        (attention_table, across_frames, max_positions, caption, caption_table),
         out,
         context if save else None,
         workspace(training if save else inference, x),
@@ -150,7 +142,7 @@ def single_block_backward(
         modulation,
         table,
         other_table,
-        _style(attention_table, across_frames, max_positions, caption, caption_table),
+        (attention_table, across_frames, max_positions, caption, caption_table),
         context,
         grad_out.contiguous(),
         grad_x,

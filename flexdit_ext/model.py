@@ -36,6 +36,20 @@ def sincos_position_embedding(grid: Grid, dim: int, base: Grid | None = None, sc
     return torch.cat([x, y], dim=1).float()
 
 
+def given_layout(config, batch: int, grid, device: torch.device, dense: Grid | None = None) -> TokenLayout:
+    """The layout of sparse tokens by the argument `grid`: one for all samples, or a list of one per sample, each within
+    `dense` (None: the config's dense grid)."""
+
+    def checked(name: str, one) -> Grid:
+        return config.check_sparse_grid(name, check_grid(name, one), dense)
+
+    if isinstance(grid, (tuple, list)) and (isinstance(grid[0], (tuple, list)) if grid else batch == 0):
+        if len(grid) != batch:
+            raise ValueError(f"grid lists {len(grid)} grids, must list one for each of the {batch} samples")
+        return TokenLayout([checked(f"grid[{i}]", one) for i, one in enumerate(grid)], device)
+    return TokenLayout.uniform(batch, checked("grid", grid), device)
+
+
 class TimestepEmbedding(nn.Module):
     """fc2(SiLU(fc1(features(t)))), computed together with the label embedding."""
 
@@ -194,13 +208,7 @@ class FlexDiT(nn.Module):
         if grid is not None:
             grid = self.config.check_sparse_grid("grid", check_grid("grid", grid))
             return _C.model_macs(self.config.core, grid)
-        schedule = self.schedule
-        ends = [*schedule.begins[1:], schedule.num_timesteps]
-        total = sum(
-            (end - begin) * _C.model_macs(self.config.core, grid)
-            for begin, end, grid in zip(schedule.begins, ends, schedule.grids, strict=True)
-        )
-        return total / schedule.num_timesteps
+        return self.schedule.mean(lambda grid: _C.model_macs(self.config.core, grid))
 
     def save_pretrained(self, directory, *, max_shard_size: int | str | None = None) -> None:
         """Writes config.json and model.safetensors (see checkpoint.save_pretrained) into `directory`, each whole or not
@@ -255,14 +263,7 @@ class FlexDiT(nn.Module):
     def _sparse_layout(self, batch: int, t: Tensor, grid, device: torch.device) -> TokenLayout | None:
         if grid is None:
             return ops.select_tokens(t, self.schedule).to(device) if self.config.num_sdtm else None
-        if isinstance(grid, (tuple, list)) and (isinstance(grid[0], (tuple, list)) if grid else batch == 0):
-            if len(grid) != batch:
-                raise ValueError(f"grid lists {len(grid)} grids, must list one for each of the {batch} samples")
-            return TokenLayout([self._checked(f"grid[{i}]", one) for i, one in enumerate(grid)], device)
-        return TokenLayout.uniform(batch, self._checked("grid", grid), device)
-
-    def _checked(self, name: str, grid) -> Grid:
-        return self.config.check_sparse_grid(name, check_grid(name, grid))
+        return given_layout(self.config, batch, grid, device)
 
     def _check_inputs(self, x: Tensor, t: Tensor, y: Tensor) -> None:
         """Everything that shapes and dtypes tell; values of t and y are checked where they are read."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from . import _C
 from ._checks import Grid, check_count, check_grid, check_grids, check_number
@@ -102,6 +102,12 @@ class DensitySchedule:
     def pruning_rate(self, t: float, dense_grid: Grid) -> float:
         """1 - M / N at timestep t, N being the tokens of `dense_grid`."""
         return self._core.pruning_rate(check_number("t", t), check_grid("dense_grid", dense_grid))
+
+    def mean(self, value: Callable[[Grid], float]) -> float:
+        """The mean of value(grid) over all timesteps."""
+        ends = [*self.begins[1:], self.num_timesteps]
+        segments = zip(self.begins, ends, self.grids, strict=True)
+        return sum((end - begin) * value(grid) for begin, end, grid in segments) / self.num_timesteps
 
     def to_dict(self) -> dict:
         return {

@@ -20,7 +20,7 @@ from ._single_macs import macs
 from .blocks import autocast_dtype, cast
 from .config_single import FlexLatteConfig, FlexPixArtConfig
 from .layout import TokenLayout
-from .model import TimestepEmbedding, sincos_position_embedding
+from .model import TimestepEmbedding, given_layout, sincos_position_embedding
 from .schedule import DensitySchedule
 from .single_blocks import Block, Caption, DenseBlock, GenerationBlock, PoolingBlock, RecoveryBlock, Tokens
 
@@ -138,11 +138,7 @@ class SingleFlexDiT(nn.Module):
             return macs(self.config, None, tokens)
         if grid is not None:
             return macs(self.config, self.config.check_sparse_grid("grid", check_grid("grid", grid)), tokens)
-        schedule = self.schedule
-        ends = [*schedule.begins[1:], schedule.num_timesteps]
-        segments = zip(schedule.begins, ends, schedule.grids, strict=True)
-        total = sum((end - begin) * macs(self.config, grid, tokens) for begin, end, grid in segments)
-        return total / schedule.num_timesteps
+        return self.schedule.mean(lambda grid: macs(self.config, grid, tokens))
 
     def save_pretrained(self, directory, *, max_shard_size: int | str | None = None) -> None:
         """Writes config.json and model.safetensors (see checkpoint.save_pretrained) into `directory`, each whole or not
@@ -215,16 +211,7 @@ class SingleFlexDiT(nn.Module):
         dense = dense_grid[-len(config.dense_grid) :]
         if grid is None:
             return self._tokens(ops.select_tokens(t, self._schedule(dense)).to(device))
-        if isinstance(grid, (tuple, list)) and (isinstance(grid[0], (tuple, list)) if grid else not len(t)):
-            if len(grid) != len(t):
-                raise ValueError(f"grid lists {len(grid)} grids, must list one for each of the {len(t)} samples")
-            named = [(f"grid[{i}]", one) for i, one in enumerate(grid)]
-            return self._tokens(
-                TokenLayout([config.check_sparse_grid(n, check_grid(n, g), dense) for n, g in named], device)
-            )
-        return self._tokens(
-            TokenLayout.uniform(len(t), config.check_sparse_grid("grid", check_grid("grid", grid), dense), device)
-        )
+        return self._tokens(given_layout(config, len(t), grid, device, dense))
 
     def _schedule(self, dense: Grid) -> DensitySchedule:
         """The schedule for inputs of this size: the config's own, or the default one for the size."""
