@@ -8,12 +8,11 @@ All contenders of a row run in this process and take turns; medians are compared
 from __future__ import annotations
 
 import argparse
-import resource
 import subprocess
 import sys
 
 import torch
-from harness import machine, machine_line, measure, table, write
+from harness import machine, machine_line, measure, peak_memory_mb, table, write
 
 from flexdit_ext import FlexDiT, FlexDiTConfig, reference
 
@@ -129,15 +128,15 @@ def training_row(rounds: int) -> dict[str, dict]:
 
 def peak_memory_child() -> None:
     """Prints MB: weights, and how far building the model and one forward raised the peak of a fresh process."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory_mb()
     model = FlexDiT(FlexDiTConfig.preset("XL/2", image_size=256)).eval()
     x, t, y = inputs(1, torch.float32)
     with torch.no_grad():
         for _ in range(2):
             model(x, t, y, grid=GRID)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    after = peak_memory_mb()
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    print(weights / 1e6, (after - before) * 1024 / 1e6)
+    print(weights / 1e6, (after - before) * 1024**2 / 1e6)
 
 
 def peak_memory() -> dict:

@@ -37,6 +37,12 @@ def measure(contenders: dict[str, Callable[[], object]], rounds: int, warmups: i
     }
 
 
+def peak_memory_mb() -> float:
+    """Of this process. Not getrusage's: that survives exec, so a child would begin with its parent's."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
+
+
 def cpu_name() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
         if line.startswith("model name"):

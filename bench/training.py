@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from harness import RESULTS, bars, machine, machine_line, measure, table, write
+from harness import RESULTS, bars, machine, machine_line, measure, peak_memory_mb, table, write
 
 from flexdit_ext import DensitySchedule, FlexDiT, FlexDiTConfig, Sampler, reference
 from flexdit_ext.convert import sparsify
@@ -125,9 +125,7 @@ def peak_of(mode: str, contender: str) -> float:
 
 def print_peak(mode: str, contender: str) -> None:
     training_step(make(mode, contender), grids_of(mode, config_of(mode).density_schedule))()
-    # Not getrusage: its peak survives exec, so it would be this bench's own.
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    print(int(peak.split()[1]) / 1024)
+    print(peak_memory_mb())
 
 
 def measure_memory(rows: list[dict]) -> None:
