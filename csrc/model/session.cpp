@@ -351,7 +351,7 @@ class Session::Implementation {
     std::vector<Finished> done;
     for (const Active& a : active_)
       if (a.done())
-        done.push_back({a.id, prepared_.config.in_channels, a.request.height, a.request.width, engine_.read(a.id), ""});
+        done.push_back({a.id, prepared_.config.in_channels, 1, a.request.height, a.request.width, engine_.read(a.id), ""});
     if (done.empty()) return;
     const std::lock_guard lock(mutex_);
     std::erase_if(active_, [](const Active& a) { return a.done(); });
@@ -368,7 +368,7 @@ class Session::Implementation {
     const auto state = states_.find(a.id);
     if (state == states_.end()) return;
     state->second = RequestState::failed;
-    finished_[a.id] = {a.id, prepared_.config.in_channels, a.request.height, a.request.width, {}, why};
+    finished_[a.id] = {a.id, prepared_.config.in_channels, 1, a.request.height, a.request.width, {}, why};
   }
 
   void fail_all(const std::string& why) {

@@ -6,6 +6,14 @@
 
 namespace flexdit {
 
+// What a model is conditioned on, and how its blocks are composed.
+enum class ModelFamily : uint8_t {
+  dit,     // FlexDiT: a label; every block has a modulation layer
+  pixart,  // FlexPixArt: a caption; one modulation layer for all blocks and a table for each (arXiv 2310.00426)
+  latte,   // FlexLatte: clips, of a label, a caption or neither; the same modulation, and blocks attend within a frame
+           // and across the frames in turn (arXiv 2401.03048)
+};
+
 struct Config {
   int64_t input_height = 32, input_width = 32;  // of the latent image
   int64_t patch_size = 2;
@@ -14,7 +22,7 @@ struct Config {
   int64_t hidden = 1152;
   int64_t mlp_hidden = 4608;
   int64_t num_heads = 16;
-  int64_t label_rows = 1001;  // classes and the null class
+  int64_t label_rows = 1001;  // classes and the null class; 0: no labels
   int64_t num_pooling_blocks = 2;
   int64_t num_sdtm = 4;
   int64_t generation_blocks = 1, sparse_blocks = 3, recovery_blocks = 1, dense_blocks = 1;  // of a module
@@ -23,9 +31,15 @@ struct Config {
   int64_t timestep_features = 256;
   int64_t timestep_shift = 0;           // TimestepEmbedding's; diffusers' DiT has 1
   double mlp_norm_eps = kLayerNormEps;  // of the layer norms before the MLPs; diffusers' DiT has 1e-5
+  ModelFamily family = ModelFamily::dit;
+  // Of the other families:
+  int64_t num_frames = 1;                               // Latte: of a clip at most
+  int64_t caption_channels = 0, max_caption_tokens = 0;  // of the text encoder's output; 0 channels: no captions
+  bool size_conditions = false;                         // PixArt: resolution and aspect ratio are embedded
+  double position_scale = 1;                            // of the position embedding, as in FlexPixArtConfig
 
   Grid dense_grid() const {
-    return {1, static_cast<int32_t>(input_height / patch_size), static_cast<int32_t>(input_width / patch_size)};
+    return {static_cast<int32_t>(num_frames), static_cast<int32_t>(input_height / patch_size), static_cast<int32_t>(input_width / patch_size)};
   }
   bool learned_variance() const { return out_channels == 2 * in_channels; }
   bool operator==(const Config&) const = default;

@@ -44,6 +44,12 @@ class SamplingModel {
 // Of a checkpoint's weights, in its dtype.
 std::shared_ptr<const SamplingModel> prepare_sampling(const Checkpoint& checkpoint, const Execution& exec = {});
 
+// A text encoder's output [tokens, caption_channels], padding left out; no tokens: none given.
+struct CaptionInput {
+  std::vector<double> rows;
+  int64_t tokens = 0;
+};
+
 struct SampleRequest {
   int64_t label = 0;
   uint64_t seed = 0;  // all noise of the image comes from it: draw 0 at the start, draw i + 1 in step i
@@ -53,6 +59,10 @@ struct SampleRequest {
   int64_t height = 0, width = 0;                 // of the latent image, multiples of the patch; 0: the config's
   std::optional<Grid> sparse_grid;               // instead of the schedule's
   bool clip_x0 = false;                          // clamp the predicted x0 to [-1, 1]
+  // Of FlexPixArt and FlexLatte. Unconditional passes read null_caption where the model reads captions.
+  CaptionInput caption, null_caption;
+  int64_t frames = 0;                             // of a clip; 0: the config's
+  double resolution[2] = {0, 0}, aspect_ratio = 0;  // with size_conditions: height and width in pixels, height / width
 };
 
 struct SessionOptions {
@@ -72,8 +82,8 @@ enum class RequestState : uint8_t { queued, active, finished, failed, unknown };
 
 struct Finished {
   int64_t id;
-  int64_t channels, height, width;
-  std::vector<double> image;  // [channels, height, width]: float32 values, of a float64 model float64; empty: it failed
+  int64_t channels, frames, height, width;
+  std::vector<double> image;  // [channels, frames, height, width]: float32 values, of a float64 model float64; empty: it failed
   std::string error;          // why, or empty
 };
 
