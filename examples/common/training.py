@@ -13,8 +13,9 @@ from tqdm import tqdm
 from flexdit_ext.convert import sparsify
 from flexdit_ext.diffusion import flow_loss
 
-# (number of samples, generator) -> samples [n, C, ...] and what the model's forward takes by name, n of each.
-Draw = Callable[[int, torch.Generator], tuple[Tensor, Mapping[str, Tensor]]]
+# (number of samples, generator) -> samples [n, C, ...] and what the model's forward takes by name: tensors or lists, n
+# of each.
+Draw = Callable[[int, torch.Generator], tuple[Tensor, Mapping]]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,13 @@ class Models:
     def key(self) -> str:
         """Of the sparse model, in the report and as its folder; the dense one's is "dense"."""
         return self.sparse_name.lower()
+
+    def new_dense(self) -> nn.Module:
+        return self.kind(self.dense)
+
+    def to_sparse(self, dense: nn.Module) -> nn.Module:
+        """The sparse model, initialised from the dense one as in the paper."""
+        return sparsify(dense, self.sparse)
 
 
 @dataclass(frozen=True)
@@ -66,12 +74,12 @@ class Trainer:
     @classmethod
     def dense(cls, models: Models, settings: TrainingSettings) -> Trainer:
         torch.manual_seed(settings.seed)
-        model = models.kind(models.dense)
+        model = models.new_dense()
         return cls(model, copy.deepcopy(model), settings)
 
     def to_sparse(self, models: Models) -> Trainer:
-        """A trainer that goes on from here with the sparse model, initialised from this dense one as in the paper."""
-        model, average = (sparsify(dense, models.sparse) for dense in (self.model, self.average))
+        """A trainer that goes on from here with the sparse model, made of this dense one."""
+        model, average = (models.to_sparse(dense) for dense in (self.model, self.average))
         return Trainer(model, average, self.settings, first_step=self.step)
 
     def train(self, until: int, draw: Draw, description: str) -> None:
@@ -85,7 +93,7 @@ class Trainer:
                 bar.set_postfix(loss=f"{self.losses[-1]:.3f}", refresh=False)
         self.step = until
 
-    def _train_step(self, x0: Tensor, conditions: Mapping[str, Tensor], generator: torch.Generator) -> float:
+    def _train_step(self, x0: Tensor, conditions: Mapping, generator: torch.Generator) -> float:
         count = len(x0)
         # One timestep in each of `count` equal parts of [0, 1]: uniform, with less variance between batches.
         t = (torch.arange(count) + torch.rand(count, generator=generator)) / count
@@ -99,7 +107,7 @@ class Trainer:
         self._update_average()
         return loss.item()
 
-    def _with(self, conditions: Mapping[str, Tensor]) -> Callable[..., Tensor]:
+    def _with(self, conditions: Mapping) -> Callable[..., Tensor]:
         """The model for flow_loss, which knows labels only: y numbers the batch's samples, in their order."""
         return lambda x, t, y, grid: self.model(x, t, **conditions, grid=grid)
 
