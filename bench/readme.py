@@ -1,6 +1,7 @@
 """Puts the newest results into README.md: tables between <!-- NAME --> markers, and the speed plot.
 
 python bench/readme.py [--demo out]     # --demo first keeps the report and the picture of a `make demo` run
+python bench/readme.py --demo-text out/text    # the same for `make demo-text`
 python bench/readme.py --check          # exit 1 if README.md does not show bench/results/
 """
 
@@ -18,6 +19,7 @@ import gpu_tables
 from harness import RESULTS, table
 
 README = RESULTS.parents[1] / "README.md"
+PICTURES = RESULTS.parents[1] / "docs" / "pictures"
 MISSING = "not measured yet\n"
 
 
@@ -58,6 +60,34 @@ def demo_section() -> str:
     )
 
 
+def demo_text_section() -> str:
+    path = RESULTS / "captions.json"
+    if not path.exists():
+        return MISSING
+    report = json.loads(path.read_text())
+    macs, rates, fitting = report["macs"], report["images_per_second"], report["fitting"]
+    distance, machine, training = report["frechet_distance"], report["hardware"], report["training"]
+
+    def row(name: str, key: str) -> list[str]:
+        shares = [f"{fitting[key][judged]:.0%}" for judged in ("digit", "thickness", "tilt", "width", "properties")]
+        cost = [f"{macs[key] / 1e6:.1f} M", f"{rates[key]:.0f}"] if key in macs else ["", ""]
+        return [name, *cost, *shares, f"{distance[key]:.2f}" if key in distance else ""]
+
+    rows = [
+        row("dense PixArt", "dense"),
+        row("FlexPixArt", "flexpixart"),
+        row("held-out real digits", "held_out"),
+        row("FlexPixArt, captions shuffled", "shuffled"),
+        row("FlexPixArt, shuffled within each digit", "shuffled_within_digit"),
+    ]
+    headers = ["", "MACs", "images/s", "digit", "thickness", "tilt", "width", "all properties", "Fréchet distance"]
+    return (
+        f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, seed {report['seed']}; "
+        f"{training['steps']} training steps each, {report['sampling']['steps']} sampling steps, guided; captions of "
+        f"{report['caption_tokens']:.1f} tokens.\n\n" + table(headers, rows)
+    )
+
+
 def gpu_section() -> str:
     return gpu_tables.readme_section(RESULTS) or MISSING
 
@@ -85,6 +115,7 @@ SECTIONS = {
     "serving": functools.partial(engine_section, "serving"),
     "training": training_section,
     "digits": demo_section,
+    "captions": demo_text_section,
     "gpu": gpu_section,
 }
 
@@ -125,11 +156,15 @@ def plot() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--demo", type=Path, help="folder that `make demo` wrote")
+    parser.add_argument("--demo-text", type=Path, help="folder that `make demo-text` wrote")
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
     if arguments.demo:
         for source, name in (("report.json", "digits.json"), ("samples.png", "digits.png")):
             shutil.copy(arguments.demo / source, RESULTS / name)
+    if arguments.demo_text:
+        shutil.copy(arguments.demo_text / "report.json", RESULTS / "captions.json")
+        shutil.copy(arguments.demo_text / "samples.png", PICTURES / "captions.png")
     before = README.read_text()
     after = filled(before)
     if arguments.check:

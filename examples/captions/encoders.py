@@ -109,7 +109,6 @@ class T5Encoder:
         rows = [self._encoded[caption] for caption in captions]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True), _mask([len(row) for row in rows])
 
-    @torch.inference_mode(False)
     @torch.no_grad()
     def _encode(self, captions: list[str]) -> None:
         inputs = self._tokenizer(captions, padding=True, return_tensors="pt")

@@ -29,25 +29,38 @@ def read(images: Tensor, classifier: DigitClassifier, thresholds: Thresholds) ->
     return [Description(digit, **{name: levels[name][i] for name in PROPERTIES}) for i, digit in enumerate(digits)]
 
 
-def fits(seen: Description, asked: Description, judged: str) -> bool | None:
-    """Whether the picture has what the caption states of `judged`, one of JUDGED; None where it states nothing."""
-    stated = [name for name in _PARTS[judged] if getattr(asked, name) is not None]
-    return all(getattr(seen, name) == getattr(asked, name) for name in stated) if stated else None
+def states(asked: Description, judged: str) -> bool:
+    """Whether the caption states something of `judged`, one of JUDGED."""
+    return any(getattr(asked, name) is not None for name in _PARTS[judged])
+
+
+def fits(seen: Description, asked: Description, judged: str) -> bool:
+    """Whether the picture has what the caption states of `judged`."""
+    return all(getattr(asked, name) in (None, getattr(seen, name)) for name in _PARTS[judged])
 
 
 def shares(seen: Sequence[Description], asked: Sequence[Description]) -> dict[str, float]:
     """Judged -> share of the captions that fit their picture, among those that state something of it."""
-    found = {
-        judged: [fit for pair in zip(seen, asked, strict=True) if (fit := fits(*pair, judged)) is not None]
-        for judged in JUDGED
-    }
+    pairs = list(zip(seen, asked, strict=True))
+    found = {judged: [fits(*pair, judged) for pair in pairs if states(pair[1], judged)] for judged in JUDGED}
     return {judged: float(np.mean(values)) if values else float("nan") for judged, values in found.items()}
+
+
+def difference(
+    seen: Sequence[Description], other: Sequence[Description], asked: Sequence[Description], judged: str
+) -> tuple[float, float]:
+    """Share of `seen` minus that of `other`, and its standard error; picture i of both was drawn for caption i from the
+    same noise."""
+    rows = zip(seen, other, asked, strict=True)
+    gaps = [
+        fits(one, caption, judged) - fits(two, caption, judged) for one, two, caption in rows if states(caption, judged)
+    ]
+    return float(np.mean(gaps)), float(np.std(gaps) / len(gaps) ** 0.5)
 
 
 def counts(asked: Sequence[Description]) -> dict[str, int]:
     """Judged -> number of captions that state something of it."""
-    empty = Description()
-    return {judged: sum(fits(empty, one, judged) is not None for one in asked) for judged in JUDGED}
+    return {judged: sum(states(one, judged) for one in asked) for judged in JUDGED}
 
 
 def shuffled_shares(

@@ -23,7 +23,7 @@ def save_captioned(
     for index, cell in enumerate(cells.flat):
         cell.axis("off")
         if index < len(images):
-            cell.imshow(images[index, 0].clamp(-1, 1), cmap="gray", vmin=-1, vmax=1)
+            cell.imshow(images[index, 0].clamp(-1, 1).numpy(), cmap="gray", vmin=-1, vmax=1)
             color = "black" if fit is None or fit[index] else "tab:red"
             text = "\n".join(textwrap.wrap(captions[index], 17))
             cell.text(0.5, -0.05, text, ha="center", va="top", fontsize=7, color=color, transform=cell.transAxes)

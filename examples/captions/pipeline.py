@@ -9,7 +9,7 @@ from pathlib import Path
 
 from captions.data import Captions
 from captions.encoders import T5Encoder, WordEncoder
-from captions.matching import counts, fits, read, shares, shuffled_shares
+from captions.matching import counts, difference, fits, read, shares, shuffled_shares
 from captions.models import CaptionedPixArt, make_models
 from captions.pictures import save_captioned
 from captions.report import judge, to_markdown
@@ -112,7 +112,7 @@ class CaptionsDemo(Demo):
 
     def _save_picture(self, path: Path, images: Tensor, captions: Sequence[str], classifier: DigitClassifier) -> None:
         seen = read(images, classifier, self.captions.thresholds)
-        fit = [fits(*pair, "everything") is not False for pair in zip(seen, self.captions.asked)]
+        fit = [fits(*pair, "everything") for pair in zip(seen, self.captions.asked)]
         save_captioned(path, images, captions, fit)
 
     def _measure(self, classifier: DigitClassifier, images: Mapping[str, Tensor]) -> dict:
@@ -130,6 +130,7 @@ class CaptionsDemo(Demo):
         return {
             "fitting": fitting,
             "stated": counts(asked),
+            "properties_difference": difference(seen[key], seen["dense"], asked, "properties"),
             "accuracy": {"held_out": accuracy(classifier, digits.held_out_images, digits.held_out_labels)},
             "thresholds": captions.thresholds.limits,
         } | compare_distances(classifier, digits, images, key, seed)

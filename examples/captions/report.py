@@ -73,8 +73,10 @@ def _fitting_table(results: dict) -> str:
 
 
 def _explanation(results: dict) -> str:
-    limits = results["thresholds"]
+    limits, (gap, error) = results["thresholds"], results["properties_difference"]
     return (
+        f"All stated properties, FlexPixArt minus dense: {100 * gap:+.1f} points (standard error {100 * error:.1f})."
+        "\n\n"
         "Each row counts the captions that state something of it. The digit is judged by the classifier; properties "
         "are measured, with terciles of the training digits as limits: "
         f"ink of {limits['thickness'][0]:.1f} and {limits['thickness'][1]:.1f} pixels, "

@@ -101,7 +101,7 @@ def parse(caption: str) -> Description:
             continue
         name, value = meanings[word]
         if stated.setdefault(name, value) != value:
-            raise ValueError(f"the caption {caption!r} states the {name} twice: {stated[name]} and {value}")
+            raise ValueError(f"the caption {caption!r} contradicts itself in the {name}: {stated[name]} and {value}")
     return Description(**stated)
 
 
