@@ -1,4 +1,4 @@
-# make demo: the main job. make test: all tests. Each sets up .venv and builds what is missing.
+# make demo: the main job. make demo-video: the same on clips. make test: all tests. Each sets up .venv and builds what is missing.
 VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -12,7 +12,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name CMakeLists.tx
 # The wheel has CUDA kernels where nvcc is found; OFF leaves them out.
 WHEEL_CUDA ?= AUTO
 
-.PHONY: demo demo-text test pytest ctest cuda sanitize bench gpu wheel try-wheel stubs lint clean
+.PHONY: demo demo-text demo-video test pytest ctest cuda sanitize bench gpu wheel try-wheel stubs lint clean
 
 demo: $(VENV)/.built
 	$(BIN)/python examples/digits/run.py --out out
@@ -20,6 +20,9 @@ demo: $(VENV)/.built
 # FlexPixArt on digits with captions. TEXT="--text-encoder DIR" takes a T5 encoder from a folder, with transformers.
 demo-text: $(VENV)/.built
 	$(BIN)/python examples/captions/run.py --out out/text $(TEXT)
+
+demo-video: $(VENV)/.built
+	$(BIN)/python examples/video/run.py --out out/video
 
 test: pytest ctest
 

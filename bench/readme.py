@@ -1,7 +1,6 @@
 """Puts the newest results into README.md: tables between <!-- NAME --> markers, and the speed plot.
 
-python bench/readme.py [--demo out]     # --demo first keeps the report and the picture of a `make demo` run
-python bench/readme.py --demo-text out/text    # the same for `make demo-text`
+python bench/readme.py [--demo out] [--demo-text out/text] [--demo-video out/video]  # first keeps reports and pictures
 python bench/readme.py --check          # exit 1 if README.md does not show bench/results/
 """
 
@@ -19,8 +18,18 @@ import gpu_tables
 from harness import RESULTS, table
 
 README = RESULTS.parents[1] / "README.md"
-PICTURES = RESULTS.parents[1] / "docs" / "pictures"
+PICTURES = README.parent / "docs" / "pictures"
 MISSING = "not measured yet\n"
+# Of each demo, the files that are kept.
+KEPT = {
+    "demo": {"report.json": RESULTS / "digits.json", "samples.png": RESULTS / "digits.png"},
+    "demo_text": {"report.json": RESULTS / "demo_text.json", "samples.png": PICTURES / "demo_text.png"},
+    "demo_video": {
+        "report.json": RESULTS / "demo_video.json",
+        "frames.png": PICTURES / "demo_video.png",
+        "samples.webp": PICTURES / "demo_video.webp",
+    },
+}
 
 
 def cpu_section() -> str:
@@ -34,7 +43,7 @@ def demo_section() -> str:
         return MISSING
     report = json.loads(path.read_text())
     macs, rates, accuracy = report["macs"], report["images_per_second"], report["accuracy"]
-    distance, machine = report["frechet_distance"], report["hardware"]
+    distance = report["frechet_distance"]
     rows = [
         [
             name,
@@ -53,20 +62,24 @@ def demo_section() -> str:
         "classifier's accuracy",
         "Fréchet distance to the training digits",
     ]
+    return demo_conditions(report) + table(headers, rows)
+
+
+def demo_conditions(report: dict) -> str:
+    machine = report["hardware"]
     return (
         f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, seed {report['seed']}; "
         f"{report['training']['steps']} training steps each, {report['sampling']['steps']} sampling steps, guided.\n\n"
-        + table(headers, rows)
     )
 
 
 def demo_text_section() -> str:
-    path = RESULTS / "captions.json"
+    path = RESULTS / "demo_text.json"
     if not path.exists():
         return MISSING
     report = json.loads(path.read_text())
     macs, rates, fitting = report["macs"], report["images_per_second"], report["fitting"]
-    distance, machine, training = report["frechet_distance"], report["hardware"], report["training"]
+    distance = report["frechet_distance"]
 
     def row(name: str, key: str) -> list[str]:
         shares = [f"{fitting[key][judged]:.0%}" for judged in ("digit", "thickness", "tilt", "width", "properties")]
@@ -81,11 +94,27 @@ def demo_text_section() -> str:
         row("FlexPixArt, shuffled within each digit", "shuffled_within_digit"),
     ]
     headers = ["", "MACs", "images/s", "digit", "thickness", "tilt", "width", "all properties", "Fréchet distance"]
-    return (
-        f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, seed {report['seed']}; "
-        f"{training['steps']} training steps each, {report['sampling']['steps']} sampling steps, guided; captions of "
-        f"{report['caption_tokens']:.1f} tokens.\n\n" + table(headers, rows)
-    )
+    return demo_conditions(report) + table(headers, rows)
+
+
+def demo_video_section() -> str:
+    path = RESULTS / "demo_video.json"
+    if not path.exists():
+        return MISSING
+    report = json.loads(path.read_text())
+    macs, rates, accuracy = report["macs"], report["clips_per_second"], report["accuracy"]
+    rows = [
+        [
+            name,
+            f"{macs[key] / 1e6:.1f} M",
+            f"{rates[key]:.1f}",
+            *(f"{accuracy[key][what]:.1%}" for what in accuracy[key]),
+        ]
+        for name, key in (("dense Latte", "dense"), ("FlexLatte", "flexlatte"))
+    ]
+    rows.append(["held-out real clips", "", "", *(f"{share:.1%}" for share in accuracy["held_out"].values())])
+    headers = ["", "MACs per clip and pass", "clips/s", "digit seen, per frame", "motion seen", "both, in every frame"]
+    return demo_conditions(report) + table(headers, rows)
 
 
 def gpu_section() -> str:
@@ -115,7 +144,8 @@ SECTIONS = {
     "serving": functools.partial(engine_section, "serving"),
     "training": training_section,
     "digits": demo_section,
-    "captions": demo_text_section,
+    "demo_text": demo_text_section,
+    "demo_video": demo_video_section,
     "gpu": gpu_section,
 }
 
@@ -157,14 +187,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--demo", type=Path, help="folder that `make demo` wrote")
     parser.add_argument("--demo-text", type=Path, help="folder that `make demo-text` wrote")
+    parser.add_argument("--demo-video", type=Path, help="folder that `make demo-video` wrote")
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    if arguments.demo:
-        for source, name in (("report.json", "digits.json"), ("samples.png", "digits.png")):
-            shutil.copy(arguments.demo / source, RESULTS / name)
-    if arguments.demo_text:
-        shutil.copy(arguments.demo_text / "report.json", RESULTS / "captions.json")
-        shutil.copy(arguments.demo_text / "samples.png", PICTURES / "captions.png")
+    for demo, files in KEPT.items():
+        if folder := getattr(arguments, demo):
+            for source, kept in files.items():
+                shutil.copy(folder / source, kept)
     before = README.read_text()
     after = filled(before)
     if arguments.check:
