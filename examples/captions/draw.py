@@ -24,7 +24,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("drawn.png"), help="the picture (default: drawn.png)")
     parser.add_argument("--count", type=positive, default=8, help="pictures for each caption (default: 8)")
     parser.add_argument("--steps", type=positive, default=25, help="Euler steps (default: 25)")
-    parser.add_argument("--cfg-scale", type=float, default=2.5, help="guidance (default: 2.5)")
+    parser.add_argument("--cfg-scale", type=float, default=2.0, help="guidance (default: 2)")
     parser.add_argument("--seed", type=seed, default=0)
     return parser.parse_args()
 

@@ -42,7 +42,7 @@ class SamplingSettings:
     steps: int
     seed: int
     captions: int | None = None
-    cfg_scale: float = 2.5
+    cfg_scale: float = 2.0
     batch_size: int = 100
 
 
@@ -140,7 +140,7 @@ def make_settings(arguments: argparse.Namespace) -> DemoSettings:
     """--quick: every line runs, on so few steps and samples that nothing can be learned."""
     quick, seed = arguments.quick, arguments.seed
     training = TrainingSettings(arguments.steps, arguments.fork_step, seed, batch_size=16 if quick else 64)
-    sampling = SamplingSettings(2 if quick else 3, 3 if quick else 25, seed, captions=40 if quick else None)
+    sampling = SamplingSettings(2, 3 if quick else 25, seed, captions=40 if quick else None)
     return DemoSettings(50 if quick else CLASSIFIER_STEPS, training, sampling, not quick, arguments.text_encoder)
 
 
