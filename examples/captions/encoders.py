@@ -85,7 +85,7 @@ class T5Encoder:
     NotADirectoryError, and what transformers raises for a folder it cannot read.
     """
 
-    def __init__(self, directory: Path, max_tokens: int = 32):
+    def __init__(self, directory: Path, max_tokens: int = 120):
         try:
             from transformers import AutoTokenizer, T5EncoderModel
         except ImportError as error:
