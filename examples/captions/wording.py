@@ -110,8 +110,3 @@ def check_words(caption: str, known: Sequence[str]) -> None:
     for word in split_words(caption):
         if word not in known:
             raise ValueError(f"the caption {caption!r} has the unknown word {word!r}; known are {', '.join(known)}")
-
-
-def stated_by(descriptions: Sequence[Description], name: str) -> list[int]:
-    """Indices of the descriptions that state that property or the digit."""
-    return [index for index, description in enumerate(descriptions) if getattr(description, name) is not None]
