@@ -1,4 +1,4 @@
-// A model's configuration as flexdit_ext/config.py writes it.
+// A model's configuration as flexdit_ext/config.py and config_single.py write it.
 #pragma once
 
 #include <string>
@@ -15,8 +15,11 @@ struct ModelDescription {
   bool has_null_class;
 };
 
-// Keys that are left out have FlexDiTConfig's defaults. `source` is what messages call the text.
-// Throws CheckpointError naming the field.
+// What a configuration without a schedule has on a dense grid: Python's default_schedule.
+DensitySchedule default_schedule(ModelFamily family, Grid dense);
+
+// Keys that are left out have the defaults of FlexDiTConfig, or of the class that "_class_name" names. `source` is what
+// messages call the text. Throws CheckpointError naming the field.
 ModelDescription parse_config(std::string_view json, const std::string& source);
 
 }  // namespace flexdit
