@@ -205,7 +205,8 @@ void check(const Fields& f) {
   require(f.mlp_norm_eps > 0 && f.mlp_norm_eps < 1,
           "mlp_norm_eps is " + std::to_string(f.mlp_norm_eps) + ", must be above 0 and below 1");
   require(f.position_scale > 0, "position_scale is " + std::to_string(f.position_scale) + ", must be above 0");
-  if (f.size_conditions) divides("with size_conditions hidden_size", f.hidden_size, "", 3);
+  require(!f.size_conditions || f.hidden_size % 3 == 0,
+          "hidden_size is " + std::to_string(f.hidden_size) + ", must be a multiple of 3 with size_conditions");
   const double units = static_cast<double>(f.hidden_size) * f.mlp_ratio;
   require(units >= 1 && units <= static_cast<double>(kMostClasses),
           "mlp_ratio is " + std::to_string(f.mlp_ratio) + ", must give at least one unit and at most 2^31 - 1");

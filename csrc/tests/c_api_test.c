@@ -4,6 +4,7 @@
 #include "flexdit/c_api.h"
 
 #include <math.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -34,6 +35,8 @@ static void good_checkpoint(const char* folder) {
   CHECK(get(kept, FLEXDIT_IN_CHANNELS) == 1 && get(kept, FLEXDIT_OUT_CHANNELS) == 2);
   CHECK(get(kept, FLEXDIT_NUM_CLASSES) == 3 && get(kept, FLEXDIT_HAS_NULL_CLASS) == 1);
   CHECK(get(kept, FLEXDIT_NUM_TIMESTEPS) == 1000 && get(kept, FLEXDIT_PATCH_SIZE) == 2);
+  CHECK(get(kept, FLEXDIT_FAMILY) == FLEXDIT_DIT && get(kept, FLEXDIT_NUM_FRAMES) == 1);
+  CHECK(get(kept, FLEXDIT_CAPTION_CHANNELS) == 0 && get(kept, FLEXDIT_SIZE_CONDITIONS) == 0);
   CHECK(get(kept, FLEXDIT_NUM_PARAMETERS) == get(narrow, FLEXDIT_NUM_PARAMETERS));
   CHECK(get(kept, FLEXDIT_NUM_PARAMETERS) == 9564);
   CHECK(get(kept, FLEXDIT_DTYPE) == FLEXDIT_FLOAT32 && get(narrow, FLEXDIT_DTYPE) == FLEXDIT_BFLOAT16);
@@ -55,7 +58,7 @@ static void bad_arguments(const char* folder) {
   CHECK(flexdit_checkpoint_load(folder, FLEXDIT_FLOAT64, &checkpoint) == FLEXDIT_OK);
   CHECK(says("checkpoint is NULL")); /* a success leaves the message */
   CHECK(flexdit_checkpoint_get(checkpoint, FLEXDIT_DTYPE, NULL) == FLEXDIT_INVALID_ARGUMENT && says("value is NULL"));
-  CHECK(flexdit_checkpoint_get(checkpoint, 10, &value) == FLEXDIT_INVALID_ARGUMENT && says("property is 10"));
+  CHECK(flexdit_checkpoint_get(checkpoint, 15, &value) == FLEXDIT_INVALID_ARGUMENT && says("property is 15"));
   CHECK(flexdit_checkpoint_get(checkpoint, -1, &value) == FLEXDIT_INVALID_ARGUMENT && says("property is -1"));
   flexdit_checkpoint_free(checkpoint);
 }
@@ -163,6 +166,9 @@ static void images(const char* folder) {
   CHECK(flexdit_session_take(session, id, &image) == FLEXDIT_OK && image);
   flexdit_session_free(session);
   CHECK(flexdit_image_shape(image, shape) == FLEXDIT_OK && shape[0] == 1 && shape[1] == 4 && shape[2] == 8);
+  CHECK(flexdit_image_frames(image, &id) == FLEXDIT_OK && id == 1);
+  REFUSES(flexdit_image_frames(NULL, &id), "image is NULL");
+  REFUSES(flexdit_image_frames(image, NULL), "frames is NULL");
   CHECK(flexdit_image_copy(image, FLEXDIT_FLOAT64, values, 32) == FLEXDIT_OK);
   CHECK(flexdit_image_copy(image, FLEXDIT_FLOAT32, narrow, 32) == FLEXDIT_OK);
   for (i = 0; i < 32; ++i) {
@@ -213,6 +219,28 @@ static void queues(const char* folder) {
   REFUSES(flexdit_session_cancel(NULL, 0, NULL), "session is NULL");
   REFUSES(flexdit_session_state(NULL, 0, &cancelled), "session is NULL");
   REFUSES(flexdit_session_state(session, 0, NULL), "state is NULL");
+  flexdit_session_free(session);
+  flexdit_model_free(model);
+}
+
+/* What a program of an older header passes. */
+static void a_smaller_request(const char* folder) {
+  flexdit_model* model = model_of(folder, FLEXDIT_KEEP_DTYPE);
+  flexdit_session* session = NULL;
+  flexdit_request request = request_of(1, FLEXDIT_DDIM, 2);
+  float values[64], expected[64];
+  int64_t id;
+  CHECK(flexdit_session_create(model, NULL, &session) == FLEXDIT_OK);
+  id = add(session, request);
+  finish(session);
+  take(session, id, expected);
+  memset((char*)&request + offsetof(flexdit_request, caption), 255,
+         sizeof request - offsetof(flexdit_request, caption)); /* is not read */
+  request.size = offsetof(flexdit_request, caption);
+  id = add(session, request);
+  finish(session);
+  take(session, id, values);
+  CHECK(memcmp(values, expected, sizeof values) == 0);
   flexdit_session_free(session);
   flexdit_model_free(model);
 }
@@ -292,7 +320,12 @@ static void bad_requests(const char* folder) {
   WITH(sparse_height, 2, "request.sparse_width is 0");
   WITH(sparse_width, 2, "request.sparse_width is 2, must be positive, or 0 together");
   WITH(sparse_height, -1, "request.sparse_height is -1");
-  WITH(size, sizeof request - 1, "request.size is");
+  WITH(size, offsetof(flexdit_request, caption) - 1, "request.size is");
+  WITH(caption, &model, "request.caption is not NULL, but the model reads no captions");
+  WITH(null_caption, &model, "request.null_caption is not NULL, but the model reads no captions");
+  WITH(null_caption_tokens, 1, "request.null_caption_tokens is 1, must be 0 where null_caption is NULL");
+  WITH(caption_dtype, 4, "request.caption_dtype is 4");
+  WITH(sparse_frames, 2, "request.sparse_frames is 2, must be positive together with the other sides");
   WITH(size, (size_t)-1, "request.size is");
 #undef WITH
   request = request_of(0, FLEXDIT_DDIM, 2);
@@ -383,6 +416,7 @@ int main(int argc, char** argv) {
   long_messages_are_cut();
   an_image_does_not_depend_on_its_company(argv[1]);
   images(argv[1]);
+  a_smaller_request(argv[1]);
   queues(argv[1]);
   bad_models(argv[1]);
   bad_requests(argv[1]);

@@ -305,6 +305,82 @@ TEST_CASE(configurations_that_are_none) {
   CHECK(has(config_error(std::string(1000000, '[')), "must be an object"));
 }
 
+TEST_CASE(defaults_of_the_other_families) {
+  const ModelDescription image = parse(R"({"_class_name": "FlexPixArt"})");  // FlexPixArtConfig()
+  const Config& p = image.config;
+  CHECK(p.family == ModelFamily::pixart && p.input_height == 32 && p.hidden == 1152 && p.mlp_hidden == 4608);
+  CHECK(p.out_channels == 8 && p.label_rows == 0 && p.num_frames == 1 && p.caption_channels == 4096);
+  CHECK(p.max_caption_tokens == 120 && !p.size_conditions && p.position_scale == 1 && p.num_sdtm == 4);
+  CHECK(image.schedule == DensitySchedule({{1, 11, 11}, {1, 9, 9}, {1, 8, 8}, {1, 7, 7}}));
+  CHECK(image.num_classes == 0 && !image.has_null_class);
+  const ModelDescription clip = parse(R"({"num_frames": 8, "_class_name": "FlexLatte"})");
+  const Config& l = clip.config;
+  CHECK(l.family == ModelFamily::latte && l.num_frames == 8 && l.caption_channels == 0 && l.label_rows == 0);
+  CHECK(clip.schedule == DensitySchedule({{4, 6, 6}, {3, 6, 6}, {2, 6, 6}, {2, 6, 6}}));
+  CHECK_EQ(parse(R"({"_class_name": "FlexLatte"})").config.num_frames, 16);
+  const Config full = parse(R"({"_class_name": "FlexPixArt", "size_conditions": true, "position_scale": 0.5,
+      "max_caption_tokens": 300, "caption_channels": 8, "out_channels": 4, "in_channels": 4, "mlp_ratio": 2})")
+                          .config;
+  CHECK(full.size_conditions && full.position_scale == 0.5 && full.max_caption_tokens == 300);
+  CHECK(full.caption_channels == 8 && full.out_channels == 4 && !full.learned_variance() && full.mlp_hidden == 2304);
+  const ModelDescription classes =
+      parse(R"({"_class_name": "FlexLatte", "num_classes": 10, "class_dropout_prob": 0.1, "caption_channels": 8,
+                "schedule": {"grids": [[16, 2, 3], [4, 5]]}})");
+  CHECK(classes.config.label_rows == 11 && classes.num_classes == 10 && classes.has_null_class);
+  CHECK(classes.config.caption_channels == 8 && classes.schedule == DensitySchedule({{16, 2, 3}, {1, 4, 5}}));
+  const ModelDescription without = parse(R"({"_class_name": "FlexLatte", "class_dropout_prob": 0.1})");
+  CHECK(without.config.label_rows == 0 && !without.has_null_class);
+}
+
+// Halves go to even, as in Python's round: 9/16 of 8 is 4.5, of 24 13.5.
+TEST_CASE(default_schedules_in_proportion) {
+  CHECK(default_schedule(ModelFamily::pixart, {1, 8, 24}) ==
+        DensitySchedule({{1, 6, 16}, {1, 4, 14}, {1, 4, 12}, {1, 4, 10}}));
+  CHECK(default_schedule(ModelFamily::pixart, {1, 1, 2}) ==
+        DensitySchedule({{1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}}));
+  CHECK(default_schedule(ModelFamily::latte, {1, 4, 32}) ==
+        DensitySchedule({{1, 2, 12}, {1, 2, 12}, {1, 2, 12}, {1, 2, 12}}));
+}
+
+TEST_CASE(configurations_of_the_other_families_that_are_none) {
+  const auto error = [](const std::string& family, const std::string& members) {
+    const auto message = message_of<CheckpointError>(
+        [&] { parse("{\"_class_name\": \"" + family + "\"" + (members.empty() ? "" : ", ") + members + "}"); });
+    CHECK_NOTE(message.starts_with("config.json is not a Flex"), message);
+    return message;
+  };
+  CHECK(has(error("FlexDiT", ""), "'_class_name': is 'FlexDiT', must be 'FlexPixArt' or 'FlexLatte'"));
+  CHECK(has(error("FlexPixArt", "\"_class_name\": \"FlexLatte\""), "comes twice"));
+  CHECK(has(config_error(R"({"_class_name": 3})"), "'_class_name': is a number, must be a string"));
+  CHECK(has(config_error(R"({"deep": )" + std::string(1000, '[')), "nests too deep"));
+  const std::tuple<const char*, const char*, const char*> cases[] = {
+      {"FlexPixArt", R"("num_classes": 3)", "FlexPixArt configuration: byte "},
+      {"FlexPixArt", R"("num_classes": 3)", "'num_classes': FlexPixArtConfig has no such field"},
+      {"FlexPixArt", R"("num_frames": 3)", "'num_frames': FlexPixArtConfig has no such field"},
+      {"FlexPixArt", R"("learn_sigma": true)", "'learn_sigma': FlexPixArtConfig has no such field"},
+      {"FlexPixArt", R"("caption_channels": 0)", "'caption_channels': is '0', must be from 1"},
+      {"FlexPixArt", R"("max_caption_tokens": 0)", "'max_caption_tokens': is '0', must be from 1"},
+      {"FlexPixArt", R"("position_scale": 0)", "position_scale is 0.000000, must be above 0"},
+      {"FlexPixArt", R"("position_scale": -1)", "position_scale is -1"},
+      {"FlexPixArt", R"("size_conditions": 1)", "'size_conditions': is a number, must be true or false"},
+      {"FlexPixArt", R"("size_conditions": true, "hidden_size": 16)",
+       "hidden_size is 16, must be a multiple of 3 with size_conditions"},
+      {"FlexPixArt", R"("schedule": {"grids": [[2, 5, 5]]})", "schedule has the sparse grid (2, 5, 5)"},
+      {"FlexPixArt", R"("out_channels": 0)", "'out_channels': is '0'"},
+      {"FlexLatte", R"("size_conditions": false)", "'size_conditions': FlexLatteConfig has no such field"},
+      {"FlexLatte", R"("num_frames": 0)", "'num_frames': is '0', must be from 1 to 32767"},
+      {"FlexLatte", R"("num_frames": 32768)", "'num_frames': is '32768'"},
+      {"FlexLatte", R"("num_classes": -1)", "'num_classes': is '-1', must be from 0"},
+      {"FlexLatte", R"("class_dropout_prob": 1)", "class_dropout_prob is 1"},
+      {"FlexLatte", R"("schedule": {"grids": [[17, 5, 5]]})",
+       "schedule has the sparse grid (17, 5, 5), at most the dense grid (16, 16, 16) is allowed"},
+      {"FlexLatte", R"("input_size": 1048576)", "grid"},
+  };
+  for (const auto& [family, members, part] : cases)
+    CHECK_NOTE(has(error(family, members), part), members, ": ", error(family, members));
+  CHECK(has(config_error(R"({"caption_channels": 8})"), "'caption_channels': FlexDiTConfig has no such field"));
+}
+
 TEST_CASE(casts_of_16_bits) {
   std::vector<uint16_t> all(0x10000);
   for (size_t bits = 0; bits < all.size(); ++bits) all[bits] = static_cast<uint16_t>(bits);
