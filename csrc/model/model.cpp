@@ -3,7 +3,6 @@
 
 #include <algorithm>
 
-#include "model/block_plans.h"
 #include "model/walk.h"
 #include "ops/message.h"
 
@@ -88,20 +87,20 @@ class Backward {
 
   void embed() {
     PatchEmbedBackward patch;
-    patch.parameters = p_.parameters.subspan(kPatchEmbed, 2);
+    patch.parameters = p_.parameters.subspan(walk_.places.patch_embed, 2);
     patch.image = walk_.image(p_.grad_x);
     patch.layout = walk_.layout();
     patch.grad_out = grads_.dense[0];
-    patch.grad_parameters = gradients(kPatchEmbed, 2);
+    patch.grad_parameters = gradients(walk_.places.patch_embed, 2);
     patch.workspace = grads_.temporary;
     patch_embed_backward(patch, exec_);
     ConditionBackward condition;
-    condition.parameters = p_.parameters.subspan(kCondition, 5);
+    condition.parameters = p_.parameters.subspan(walk_.places.timestep, 5);
     condition.features = p_.timestep_features ? p_.timestep_features : walk_.features;
     condition.labels = p_.labels;
     condition.workspace = grads_.temporary;
     condition.grad_out = grads_.condition;
-    condition.grad_parameters = gradients(kCondition, 5);
+    condition.grad_parameters = gradients(walk_.places.timestep, 5);
     condition_backward(condition, exec_);
   }
 
@@ -112,16 +111,16 @@ class Backward {
 };
 
 // Of model_parameters, without its names: this runs before every pass.
-size_t parameter_count(const std::vector<BlockKind>& blocks) {
-  constexpr size_t kFinal = 4;
-  size_t count = kFirstBlock + kFinal;
-  for (const BlockKind kind : blocks) count += block_parameter_count(kind);
+size_t parameter_count(const Config& c) {
+  size_t count = parameter_places(c).first_block + final_parameters(c);
+  const auto kinds = model_blocks(c);
+  for (size_t k = 0; k < kinds.size(); ++k) count += model_block_parameters(c, kinds[k], k);
   return count;
 }
 
 void check(const ModelForward& p, const Execution& exec) {
   const Config& c = p.config;
-  const size_t wanted = parameter_count(model_blocks(c));
+  const size_t wanted = parameter_count(c);
   const auto require = [](bool holds, const auto&... parts) {
     if (!holds) refuse("model: ", parts...);
   };
@@ -167,67 +166,6 @@ int64_t backward_bytes(const ModelForward& p, const Walk& walk) {
 }
 
 }  // namespace
-
-std::vector<ParameterSpec> model_parameters(const Config& c) {
-  const int64_t values = c.patch_size * c.patch_size, h = c.hidden;
-  std::vector<ParameterSpec> specs = {
-      {"pos_embed", c.dense_grid().tokens(), h},
-      {"patch_embed.weight", h, c.in_channels * values},
-      {"patch_embed.bias", 1, h},
-      {"timestep_embed.fc1.weight", h, c.timestep_features},
-      {"timestep_embed.fc1.bias", 1, h},
-      {"timestep_embed.fc2.weight", h, h},
-      {"timestep_embed.fc2.bias", 1, h},
-      {"label_embed.weight", c.label_rows, h},
-  };
-  const auto add = [&](const std::string& prefix, int64_t count, BlockKind kind) {
-    for (int64_t i = 0; i < count; ++i)
-      for (auto& spec : block_parameters(kind, h, c.mlp_hidden))
-        specs.push_back({prefix + "." + std::to_string(i) + "." + spec.name, spec.rows, spec.cols});
-  };
-  add("pooling_blocks", c.num_pooling_blocks, BlockKind::pooling);
-  for (int64_t i = 0; i < c.num_sdtm; ++i) {
-    const std::string module = "sdtm." + std::to_string(i);
-    add(module + ".generation", c.generation_blocks, BlockKind::generation);
-    add(module + ".sparse", c.sparse_blocks, BlockKind::dense);
-    add(module + ".recovery", c.recovery_blocks, BlockKind::recovery);
-    add(module + ".dense", c.dense_blocks, BlockKind::dense);
-  }
-  add("dense_blocks", c.num_dense_blocks, BlockKind::dense);
-  specs.push_back({"final_layer.modulation.weight", 2 * h, h});
-  specs.push_back({"final_layer.modulation.bias", 1, 2 * h});
-  specs.push_back({"final_layer.linear.weight", c.out_channels * values, h});
-  specs.push_back({"final_layer.linear.bias", 1, c.out_channels * values});
-  return specs;
-}
-
-std::vector<BlockKind> model_blocks(const Config& c) {
-  std::vector<BlockKind> kinds;
-  const auto add = [&](int64_t count, BlockKind kind) { kinds.insert(kinds.end(), static_cast<size_t>(count), kind); };
-  add(c.num_pooling_blocks, BlockKind::pooling);
-  for (int64_t i = 0; i < c.num_sdtm; ++i) {
-    add(c.generation_blocks, BlockKind::generation);
-    add(c.sparse_blocks, BlockKind::dense);
-    add(c.recovery_blocks, BlockKind::recovery);
-    add(c.dense_blocks, BlockKind::dense);
-  }
-  add(c.num_dense_blocks, BlockKind::dense);
-  return kinds;
-}
-
-int64_t model_macs(const Config& c, Grid sparse) {
-  const int64_t n = c.dense_grid().tokens(), m = sparse.tokens(), h = c.hidden, values = c.patch_size * c.patch_size;
-  const auto mlp = [&](int64_t tokens) { return 2 * tokens * h * c.mlp_hidden + 6 * h * h; };  // and its modulation
-  const auto self = [&](int64_t tokens) { return 4 * tokens * h * h + 2 * tokens * tokens * h + mlp(tokens); };
-  const int64_t pooling = 2 * h * h + mlp(n);
-  const int64_t cross = 2 * n * m * h;
-  const int64_t generation = (2 * m + 2 * n) * h * h + cross + mlp(m);
-  const int64_t recovery = (m + n) * h * h + (2 * n + 2 * m) * h * h + cross + mlp(n);
-  const int64_t module = c.generation_blocks * generation + c.sparse_blocks * self(m) + c.recovery_blocks * recovery +
-                         c.dense_blocks * self(n);
-  const int64_t ends = n * h * values * (c.in_channels + c.out_channels) + 2 * h * h + (c.timestep_features + h) * h;
-  return ends + c.num_pooling_blocks * pooling + c.num_sdtm * module + c.num_dense_blocks * self(n);
-}
 
 int64_t model_context_bytes(const ModelForward& p) { return Walk(without_memory(p), true, nullptr).context_bytes(); }
 
@@ -287,7 +225,7 @@ void model_modulation(const ModelModulation& p, const Execution& exec) {
   Arena arena(p.workspace);
   const auto w = plan_modulation(p.config, p.out.rows, p.out.dtype, arena);
   timestep_embedding({.t = p.t, .out = w.features, .shift = p.config.timestep_shift}, exec);
-  condition_forward({.parameters = p.parameters.subspan(kCondition, 5),
+  condition_forward({.parameters = p.parameters.subspan(parameter_places(p.config).timestep, 5),
                      .features = w.features,
                      .labels = p.labels,
                      .out = w.condition,

@@ -19,7 +19,9 @@ void copy_matrix(const Matrix& from, const Matrix& to, const Execution& exec) {
   copy_bytes(to.data, from.data, to.rows * to.cols * size_of(to.dtype), exec);
 }
 
-void check(const SamplingModelOptions& o, const std::vector<ParameterSpec>& specs) {
+// The options' config, if nothing is wrong.
+const Config& checked(const SamplingModelOptions& o) {
+  const auto specs = model_parameters(o.config);
   const auto require = [](bool holds, const std::string& message) {
     if (!holds) throw ArgumentError("sampling model: " + message);
   };
@@ -36,18 +38,29 @@ void check(const SamplingModelOptions& o, const std::vector<ParameterSpec>& spec
   require(o.null_label >= -1 && o.null_label < o.config.label_rows, "null_label is " + std::to_string(o.null_label) +
                                                                         ", must be -1 for none or lie in [0, " +
                                                                         std::to_string(o.config.label_rows) + ")");
-  if (o.config.num_sdtm == 0) return;
+  if (o.config.num_sdtm == 0 || !o.schedule) return o.config;
   const Grid dense = o.config.dense_grid();
-  for (const Grid& g : o.schedule.grids())
+  for (const Grid& g : o.schedule->grids())
     require(g.frames <= dense.frames && g.height <= dense.height && g.width <= dense.width,
             "schedule has a grid that is larger than the dense one");
+  return o.config;
+}
+
+DensitySchedule schedule_of(const SamplingModelOptions& o) {
+  if (o.schedule) return *o.schedule;
+  if (o.config.num_sdtm == 0) return DensitySchedule({Grid{}});
+  return default_schedule(o.config, o.config.dense_grid());
 }
 
 }  // namespace
 
 SamplingModel::Prepared::Prepared(const SamplingModelOptions& o)
-    : config(o.config), schedule(o.schedule), dtype(o.dtype), null_label(o.null_label), exec(o.exec) {
-  check(o, model_parameters(config));
+    : config(checked(o)),
+      schedule(schedule_of(o)),
+      own_schedule(o.schedule.has_value()),
+      dtype(o.dtype),
+      null_label(o.null_label),
+      exec(o.exec) {
   take_modulations(o.parameters);
   take_parameters(o.parameters);
   synchronize(exec);  // the caller's parameters may go now

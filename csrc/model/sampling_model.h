@@ -9,6 +9,7 @@ namespace flexdit {
 struct SamplingModel::Prepared {
   Config config;
   DensitySchedule schedule;
+  bool own_schedule;  // not the family's default one
   DType dtype;
   int64_t null_label;
   Execution exec;

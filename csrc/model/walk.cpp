@@ -7,7 +7,8 @@
 namespace flexdit {
 
 Walk::Walk(const ModelForward& p, bool keeps_context, const Execution* exec)
-    : p_(p),
+    : places(parameter_places(p.config)),
+      p_(p),
       c_(p.config),
       exec_(exec),
       keeps_(keeps_context),
@@ -54,7 +55,7 @@ void* Walk::temporary(int64_t bytes) {
 }
 
 PositionTable Walk::positions() const {
-  return p_.positions ? p_.positions : PositionTable(p_.parameters[kPosition]);
+  return p_.positions ? p_.positions : PositionTable(p_.parameters[*places.position]);
 }
 
 // Of a block, or of the final layer behind the last.
@@ -151,14 +152,14 @@ void Walk::embed() {
   if (!exec_) return;
   if (!fuses_norms()) {
     if (!p_.timestep_features) timestep_embedding({.t = p_.t, .out = features, .shift = c_.timestep_shift}, *exec_);
-    condition_forward({.parameters = parameters(kCondition, 5),
+    condition_forward({.parameters = parameters(places.timestep, 5),
                        .features = p_.timestep_features ? p_.timestep_features : features,
                        .labels = p_.labels,
                        .out = condition,
                        .workspace = workspace},
                       *exec_);
   }
-  patch_embed_forward({.parameters = parameters(kPatchEmbed, 2),
+  patch_embed_forward({.parameters = parameters(places.patch_embed, 2),
                        .image = image(const_cast<void*>(p_.x)),
                        .position = positions(),
                        .layout = layout_,

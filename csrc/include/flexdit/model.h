@@ -3,6 +3,7 @@
 #pragma once
 
 #include "flexdit/block.h"
+#include "flexdit/schedule.h"
 
 namespace flexdit {
 
@@ -45,15 +46,20 @@ struct Config {
   bool operator==(const Config&) const = default;
 };
 
-// All parameters, named as in flexdit_ext's state_dict, in the order that Model takes them. pos_embed comes first
-// and has no gradient.
+// All parameters, named as in flexdit_ext's state_dict, in the order that Model takes them. FlexDiT's pos_embed comes
+// first and has no gradient; the other families compute positions.
 std::vector<ParameterSpec> model_parameters(const Config& config);
 
 // The kinds of the blocks in the order that the model runs and model_parameters lists them.
 std::vector<BlockKind> model_blocks(const Config& config);
 
+// What FlexPixArt and FlexLatte follow on that dense grid when their config names no schedule, as FlexPixArtConfig's and
+// FlexLatteConfig's default_schedule. Throws ArgumentError for FlexDiT, which has none.
+DensitySchedule default_schedule(const Config& config, Grid dense);
+
 // Multiply-accumulates of a forward pass of one sample whose sparse tokens form `sparse`, as this library computes
-// them: every linear layer and the attention scores, identities 1 and 2 of method.md used.
+// them: every linear layer and the attention scores, identities 1 and 2 of method.md used; captions have
+// max_caption_tokens.
 int64_t model_macs(const Config& config, Grid sparse);
 
 // What a sampler computes once and brings along in inference, each of it or nothing.
