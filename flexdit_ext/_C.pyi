@@ -371,7 +371,7 @@ class SamplingModel:
     def __init__(
         self,
         config: Config,
-        schedule: DensitySchedule,
+        schedule: DensitySchedule | None,
         parameters: collections.abc.Sequence,
         null_label: typing.SupportsInt | typing.SupportsIndex,
         exec: Execution,
@@ -514,7 +514,7 @@ def condition_forward(
     arg5: Execution,
 ) -> None: ...
 def condition_workspace(arg0: typing.Any, arg1: typing.SupportsInt | typing.SupportsIndex) -> int: ...
-def default_schedule(arg0: ModelFamily, arg1: tuple[int, ...]) -> DensitySchedule: ...
+def default_schedule(arg0: Config, arg1: tuple[int, ...]) -> DensitySchedule: ...
 def derive_seed(
     arg0: typing.SupportsInt | typing.SupportsIndex, arg1: typing.SupportsInt | typing.SupportsIndex
 ) -> int: ...

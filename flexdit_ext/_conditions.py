@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from . import _C
 from ._checks import Grid, check_grid
 from ._requests import (
     check_cfg_scale,
@@ -21,6 +22,7 @@ from ._requests import (
 )
 from .config import FlexDiTConfig
 from .config_single import FlexLatteConfig, FlexPixArtConfig
+from .schedule import DensitySchedule
 
 Config = FlexDiTConfig | FlexPixArtConfig | FlexLatteConfig
 _MAX_SIDE = 1 << 14  # of a latent image, as csrc/model/session.cpp has it
@@ -174,6 +176,14 @@ def check_guidance(config: Config, cfg_scale, total: int, null_caption) -> np.nd
     if not config.num_classes and not config.caption_channels:
         raise ValueError(f"cfg_scale = {cfg_scale!r}: the model has no condition to guide by; only 1.0 is allowed")
     return scales
+
+
+def core_schedule(config: Config, schedule: DensitySchedule) -> _C.DensitySchedule | None:
+    """A model's schedule for the C++ library: None is the default one of FlexPixArt and FlexLatte, which for other
+    sizes is another."""
+    single = not isinstance(config, FlexDiTConfig)
+    default = single and config.schedule is None and schedule == config.density_schedule
+    return None if default else schedule._core
 
 
 def check_channels(guidance_channels, config: Config) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 
 from . import _C
 from ._checks import DTYPE_NAMES, check_count
+from ._conditions import core_schedule
 from ._config_file import check_readable, find_weights, read_any_config
 from .config import FlexDiTConfig
 from .config_single import FlexLatteConfig, FlexPixArtConfig
@@ -86,7 +87,7 @@ def from_arrays(config, arrays: Mapping[str, np.ndarray], device, threads) -> tu
     )
     core = _C.SamplingModel(
         config=config.core,
-        schedule=config.density_schedule._core,
+        schedule=core_schedule(config, config.density_schedule),
         # numpy's own dtype object, which an array from elsewhere need not have
         parameters=[_View(array.astype(np.dtype(dtype), copy=False)) for array in ordered],
         null_label=config.null_label,

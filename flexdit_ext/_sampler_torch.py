@@ -9,6 +9,7 @@ from torch import Tensor
 from . import _C
 from ._adapters import merged_state_dict
 from ._arguments import check_dtype
+from ._conditions import core_schedule
 from ._core import execution, require_device
 from .model import FlexDiT
 from .single_model import SingleFlexDiT
@@ -27,7 +28,7 @@ def prepare(model: FlexDiT | SingleFlexDiT, dtype: torch.dtype | None) -> tuple:
     parameters = [state[name].detach().to(dtype).contiguous() for name in names]
     core = _C.SamplingModel(
         config=config.core,
-        schedule=model.schedule._core,
+        schedule=core_schedule(config, model.schedule),
         parameters=parameters,
         null_label=config.null_label,
         exec=execution(parameters[0]),

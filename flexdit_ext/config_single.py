@@ -87,8 +87,7 @@ class _SingleConfig(LayoutConfig):
         fewer multiply-accumulates than the dense model, as in the paper; on 16 frames of them FlexLatte's (8, 6, 6),
         (6, 6, 6) and twice (4, 6, 6) take 55% fewer, in the paper 56%.
         """
-        family = getattr(_C.ModelFamily, self._family)
-        return DensitySchedule._of(_C.default_schedule(family, check_grid("dense_grid", dense_grid)))
+        return DensitySchedule._of(_C.default_schedule(self.core, check_grid("dense_grid", dense_grid)))
 
     @property
     def core(self) -> _C.Config:

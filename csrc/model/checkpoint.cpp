@@ -140,6 +140,7 @@ Checkpoint Checkpoint::load(const std::string& path, std::optional<DType> dtype)
   }
   return {.config = config,
           .schedule = std::move(description.schedule),
+          .names_schedule = description.names_schedule,
           .dtype = target,
           .num_classes = description.num_classes,
           .has_null_class = description.has_null_class,

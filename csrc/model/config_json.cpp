@@ -246,8 +246,11 @@ std::string text_of(const Grid& g) {
   return "(" + std::to_string(g.frames) + ", " + std::to_string(g.height) + ", " + std::to_string(g.width) + ")";
 }
 
-DensitySchedule schedule_of(const Fields& f, Grid dense) {
-  if (!f.schedule) return default_schedule(f.family, dense);
+DensitySchedule schedule_of(const Fields& f, const Config& config) {
+  const Grid dense = config.dense_grid();
+  if (!f.schedule && f.family != ModelFamily::dit) return default_schedule(config, dense);
+  // The paper's pruning rates. Source: arXiv 2412.06028.
+  if (!f.schedule) return DensitySchedule::from_pruning_rates(0.61, 0.86, dense);
   const Segments& s = *f.schedule;
   for (const Grid& g : s.grids)
     require(g.frames <= dense.frames && g.height <= dense.height && g.width <= dense.width,
@@ -257,23 +260,6 @@ DensitySchedule schedule_of(const Fields& f, Grid dense) {
 }
 
 }  // namespace
-
-DensitySchedule default_schedule(ModelFamily family, Grid dense) {
-  // The paper's pruning rates. Source: arXiv 2412.06028.
-  if (family == ModelFamily::dit) return DensitySchedule::from_pruning_rates(0.61, 0.86, dense);
-  // Of 16 tokens a side, on other sides in proportion, halves to even: config_single.py says what they save.
-  static const std::vector<Grid> pixart = {{1, 11, 11}, {1, 9, 9}, {1, 8, 8}, {1, 7, 7}},
-                                 latte = {{8, 6, 6}, {6, 6, 6}, {4, 6, 6}, {4, 6, 6}};
-  const auto scaled = [](int32_t side, int32_t part) {
-    const int64_t product = int64_t{side} * part, whole = product / 16, rest = product % 16;
-    return static_cast<int32_t>(std::max<int64_t>(1, whole + (rest > 8 || (rest == 8 && whole % 2 == 1))));
-  };
-  std::vector<Grid> grids = family == ModelFamily::pixart ? pixart : latte;
-  for (Grid& g : grids)
-    g = {family == ModelFamily::pixart ? 1 : scaled(dense.frames, g.frames), scaled(dense.height, g.height),
-         scaled(dense.width, g.width)};
-  return DensitySchedule(grids);
-}
 
 ModelDescription parse_config(std::string_view text, const std::string& source) {
   std::string refusal = source + " is not a FlexDiT configuration: ";
@@ -285,7 +271,8 @@ ModelDescription parse_config(std::string_view text, const std::string& source) 
     json.end();
     check(fields);
     const Config config = config_of(fields);
-    return {config, schedule_of(fields, config.dense_grid()), fields.num_classes, has_null_class(fields)};
+    return {config, schedule_of(fields, config), fields.schedule.has_value(), fields.num_classes,
+            has_null_class(fields)};
   } catch (const io::JsonError& error) {
     throw CheckpointError(refusal + error.what());
   } catch (const ArgumentError& error) {

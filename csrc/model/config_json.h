@@ -11,12 +11,10 @@ namespace flexdit {
 struct ModelDescription {
   Config config;
   DensitySchedule schedule;
+  bool names_schedule;  // else it is the default one
   int64_t num_classes;
   bool has_null_class;
 };
-
-// What a configuration without a schedule has on a dense grid: Python's default_schedule.
-DensitySchedule default_schedule(ModelFamily family, Grid dense);
 
 // Keys that are left out have the defaults of FlexDiTConfig, or of the class that "_class_name" names. `source` is what
 // messages call the text. Throws CheckpointError naming the field.

@@ -5,7 +5,6 @@
 
 #include "flexdit/checkpoint.h"
 #include "flexdit/session.h"
-#include "model/config_json.h"
 #include "python/tensors.h"
 
 namespace flexdit::python {
@@ -108,7 +107,7 @@ void bind_session(py::module_& m) {
       .def_readonly("schedule", &Checkpoint::schedule)
       .def_readonly("dtype", &Checkpoint::dtype);
   py::class_<SamplingModel, std::shared_ptr<SamplingModel>>(m, "SamplingModel", py::module_local())
-      .def(py::init([](const Config& config, const DensitySchedule& schedule, const py::sequence& parameters,
+      .def(py::init([](const Config& config, const std::optional<DensitySchedule>& schedule, const py::sequence& parameters,
                        int64_t null_label, const Execution& exec) {
              const auto list = matrices(parameters);
              const SamplingModelOptions options{.config = config,

@@ -45,7 +45,7 @@ struct Copy {
   std::string path = folder.string(), weights = (folder / "model.safetensors").string(),
               config = (folder / "config.json").string();
 
-  Copy() { std::filesystem::copy(kData / "tiny", path); }
+  explicit Copy(const char* of = "tiny") { std::filesystem::copy(kData / of, path); }
   void edit_config(const std::string& old, const std::string& by) const {
     write_file(config, replaced(read_file(config), old, by));
   }
@@ -59,6 +59,22 @@ struct Copy {
   }
 };
 
+// Every parameter is the file's tensor.
+void check_parameters(const char* folder) {
+  const Checkpoint c = Checkpoint::load((kData / folder).string());
+  const SafetensorsFile file((kData / folder / "model.safetensors").string());
+  const auto specs = model_parameters(c.config);
+  CHECK_EQ(c.parameters.size(), specs.size());
+  CHECK_EQ(file.entries().size(), specs.size());
+  for (size_t i = 0; i < specs.size(); ++i) {
+    const Matrix& m = c.parameters[i];
+    CHECK(m.rows == specs[i].rows && m.cols == specs[i].cols && m.stride == m.cols && m.dtype == DType::float32);
+    const auto data = file.find(specs[i].name)->data;
+    CHECK(std::memcmp(m.data, data.data(), data.size()) == 0);
+    CHECK_EQ(reinterpret_cast<uintptr_t>(m.data) % 4, 0u);
+  }
+}
+
 }  // namespace
 
 TEST_CASE(what_python_wrote) {
@@ -71,17 +87,21 @@ TEST_CASE(what_python_wrote) {
   CHECK(c.config.recovery_blocks == 1 && c.config.dense_blocks == 1);
   CHECK(c.schedule == DensitySchedule({{1, 3, 3}, {1, 2, 3}, {1, 2, 2}}, {0, 400, 700}, 1000));
   CHECK(c.dtype == DType::float32 && c.num_classes == 3 && c.has_null_class);
-  const SafetensorsFile file((kData / "tiny/model.safetensors").string());
-  const auto specs = model_parameters(c.config);
-  CHECK_EQ(c.parameters.size(), specs.size());
-  CHECK_EQ(file.entries().size(), specs.size());
-  for (size_t i = 0; i < specs.size(); ++i) {
-    const Matrix& m = c.parameters[i];
-    CHECK(m.rows == specs[i].rows && m.cols == specs[i].cols && m.stride == m.cols && m.dtype == DType::float32);
-    const auto data = file.find(specs[i].name)->data;
-    CHECK(std::memcmp(m.data, data.data(), data.size()) == 0);
-    CHECK_EQ(reinterpret_cast<uintptr_t>(m.data) % 4, 0u);
-  }
+  check_parameters("tiny");
+}
+
+TEST_CASE(what_python_wrote_of_the_other_families) {
+  const Checkpoint image = Checkpoint::load((kData / "tiny_pixart").string());
+  CHECK(image.config.family == ModelFamily::pixart && image.config.out_channels == 2 && image.config.hidden == 12);
+  CHECK(image.config.caption_channels == 6 && image.config.max_caption_tokens == 5 && image.config.size_conditions);
+  CHECK(image.config.position_scale == 0.5 && !image.names_schedule && !image.has_null_class);
+  CHECK(image.schedule == default_schedule(image.config, {1, 4, 4}));
+  check_parameters("tiny_pixart");
+  const Checkpoint clip = Checkpoint::load((kData / "tiny_latte").string());
+  CHECK(clip.config.family == ModelFamily::latte && clip.config.num_frames == 3 && clip.config.label_rows == 4);
+  CHECK(clip.schedule == DensitySchedule({{3, 3, 3}, {2, 2, 3}, {1, 2, 2}}, {0, 400, 700}, 1000));
+  CHECK(clip.names_schedule && clip.num_classes == 3 && clip.has_null_class);
+  check_parameters("tiny_latte");
 }
 
 // In float64, with the reference's timestep features: t w reaches 1000, and its rounding to float32 would show.
@@ -183,6 +203,23 @@ TEST_CASE(tensors_that_do_not_fit) {
   CHECK(has(error("[8,1,2,2]", "[8,4]"), "patch_embed.weight [8, 4], must be [8, 1, 2, 2]"));
   CHECK(has(error(bias, replaced(bias, "F32", "U32")), "patch_embed.bias (U32)"));
   CHECK(has(error("[4,8]", "[8,4]"), "label_embed.weight [8, 4], must be [4, 8]"));
+}
+
+TEST_CASE(other_families_that_do_not_fit) {
+  const auto error = [](const char* folder, const std::string& old, const std::string& by) {
+    const Copy copy(folder);
+    copy.edit_config(old, by);
+    return load_error(copy.path);
+  };
+  CHECK(has(error("tiny_pixart", "\"caption_channels\": 6", "\"caption_channels\": 7"),
+            "caption_embed.fc1.weight [12, 6], must be [12, 7]"));
+  CHECK(has(error("tiny_pixart", "\"size_conditions\": true", "\"size_conditions\": false"),
+            "8 unexpected: 'aspect_ratio_embed."));
+  CHECK(has(error("tiny_pixart", "FlexPixArt", "FlexLatte"), "'size_conditions': FlexLatteConfig has no such field"));
+  CHECK(has(error("tiny_latte", "\"caption_channels\": 6", "\"caption_channels\": 0"), "unexpected: 'caption_embed."));
+  CHECK(has(error("tiny_latte", "\"num_classes\": 3", "\"num_classes\": 4"),
+            "label_embed.weight [4, 12], must be [5, 12]"));
+  CHECK(has(error("tiny_latte", "FlexLatte", "FlexDiT"), "config.json is not a FlexDiT configuration"));
 }
 
 TEST_CASE(configurations_that_do_not_fit) {
@@ -334,11 +371,11 @@ TEST_CASE(defaults_of_the_other_families) {
 
 // Halves go to even, as in Python's round: 9/16 of 8 is 4.5, of 24 13.5.
 TEST_CASE(default_schedules_in_proportion) {
-  CHECK(default_schedule(ModelFamily::pixart, {1, 8, 24}) ==
+  const Config image = parse(R"({"_class_name": "FlexPixArt"})").config;
+  CHECK(default_schedule(image, {1, 8, 24}) ==
         DensitySchedule({{1, 6, 16}, {1, 4, 14}, {1, 4, 12}, {1, 4, 10}}));
-  CHECK(default_schedule(ModelFamily::pixart, {1, 1, 2}) ==
-        DensitySchedule({{1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}}));
-  CHECK(default_schedule(ModelFamily::latte, {1, 4, 32}) ==
+  CHECK(default_schedule(image, {1, 1, 2}) == DensitySchedule({{1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}}));
+  CHECK(default_schedule(parse(R"({"_class_name": "FlexLatte"})").config, {1, 4, 32}) ==
         DensitySchedule({{1, 2, 12}, {1, 2, 12}, {1, 2, 12}, {1, 2, 12}}));
 }
 

@@ -1,4 +1,4 @@
-// A trained model from the folder that flexdit_ext's save_pretrained writes: config.json and model.safetensors.
+// A trained model, FlexDiT, FlexPixArt or FlexLatte, from the folder that flexdit_ext's save_pretrained writes: config.json and model.safetensors.
 #pragma once
 
 #include "flexdit/model.h"
@@ -9,6 +9,7 @@ namespace flexdit {
 struct Checkpoint {
   Config config;
   DensitySchedule schedule;
+  bool names_schedule = true;  // else it is the default one of the config's size, and other sizes have their own
   DType dtype = DType::float32;
   int64_t num_classes = 0;
   bool has_null_class = false;     // label num_classes is the null class, for classifier-free guidance
