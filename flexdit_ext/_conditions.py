@@ -96,9 +96,9 @@ def _captions(config: Config, name: str, value, mask) -> list[np.ndarray]:
     _check_length(config, name, rows.shape[1])
     if mask is None:
         return [_finite(f"{name}[{i}]", one) for i, one in enumerate(rows)]
-    mask = host_array(f"{name}_mask", mask)
+    given, mask = mask, host_array(f"{name}_mask", mask)
     if not isinstance(mask, np.ndarray) or mask.dtype.kind != "b":
-        found = getattr(mask, "dtype", type(mask).__name__)
+        found = getattr(given, "dtype", type(given).__name__)
         raise TypeError(f"{name}_mask is {found}, must be an array of bool [B, L]")
     if mask.shape != rows.shape[:2]:
         raise ValueError(f"{name}_mask has shape {mask.shape}, must be {rows.shape[:2]} as {name}")
@@ -115,9 +115,9 @@ def _check_length(config: Config, name: str, length: int) -> None:
 
 def _floats(name: str, value, shape: tuple, kinds: str = "f") -> np.ndarray:
     """Of that shape (None: any), float64. kinds: numpy's letters of the dtypes that are allowed."""
-    value = host_array(name, value)
+    given, value = value, host_array(name, value)
     if not isinstance(value, np.ndarray) or value.dtype.kind not in kinds:
-        found = getattr(value, "dtype", type(value).__name__)
+        found = getattr(given, "dtype", type(given).__name__)
         raise TypeError(f"{name} is {found}, must be an array of {'floats' if kinds == 'f' else 'numbers'}")
     if value.ndim != len(shape) or any(b not in (None, a) for a, b in zip(value.shape, shape)):
         sides = ", ".join("any" if side is None else str(side) for side in shape)
