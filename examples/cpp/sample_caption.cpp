@@ -15,14 +15,14 @@
 namespace {
 
 constexpr const char* kUsage =
-    "usage: sample_caption FOLDER CAPTION.safetensors OUT.ppm [--count N] [--frames N] [--height N] [--width N]\n"
-    "              [--steps N] [--sampler ddim|ddpm|dpmpp|flow|heun] [--guidance S] [--seed N] [--latents FILE]\n"
+    "usage: sample_caption FOLDER CAPTION.safetensors OUT.ppm [--count N] [--label N] [--frames N] [--height N]\n"
+    "              [--width N] [--steps N] [--sampler ddim|ddpm|dpmpp|flow|heun] [--guidance S] [--seed N] [--latents FILE]\n"
     "              height, width: of the latent image; FILE: the float32 values of all images";
 constexpr double kPixelsPerLatent = 8;  // of Stable Diffusion's autoencoder
 
 struct Settings {
   std::string folder, caption, out, latents, sampler = "dpmpp";
-  int64_t count = 1, frames = 0, height = 0, width = 0, steps = 20;
+  int64_t count = 1, label = 0, frames = 0, height = 0, width = 0, steps = 20;
   double guidance = 4.5;
   uint64_t seed = 0;
 };
@@ -30,11 +30,9 @@ struct Settings {
 Settings parse(const std::vector<std::string>& words) {
   if (words.size() < 3 || words.size() % 2 == 0) throw std::invalid_argument(kUsage);
   Settings s{.folder = words[0], .caption = words[1], .out = words[2]};
-  const std::pair<const char*, int64_t*> integers[] = {{"--count", &s.count},
-                                                       {"--frames", &s.frames},
-                                                       {"--height", &s.height},
-                                                       {"--width", &s.width},
-                                                       {"--steps", &s.steps}};
+  const std::pair<const char*, int64_t*> integers[] = {{"--count", &s.count},   {"--label", &s.label},
+                                                       {"--frames", &s.frames}, {"--height", &s.height},
+                                                       {"--width", &s.width},   {"--steps", &s.steps}};
   for (size_t i = 3; i < words.size(); i += 2) {
     const std::string &name = words[i], &value = words[i + 1];
     const auto* integer =
@@ -59,7 +57,7 @@ Settings parse(const std::vector<std::string>& words) {
 // The tensor of that name, or no tokens if there is none.
 flexdit::CaptionInput read_caption(const flexdit::SafetensorsFile& file, const char* name, int64_t channels) {
   const flexdit::SafetensorsEntry* entry = file.find(name);
-  if (!entry) return {};
+  if (!entry || channels == 0) return {};  // a model of labels reads none
   if (entry->dtype != "F32" || entry->shape.size() != 2 || entry->shape[1] != channels)
     throw std::invalid_argument(file.name() + ": " + name + " must be F32 [tokens, " + std::to_string(channels) + "]");
   std::vector<float> values(entry->data.size() / sizeof(float));
@@ -81,6 +79,7 @@ std::vector<flexdit::Finished> sample(const flexdit::Checkpoint& checkpoint, con
   const flexdit::Config& c = checkpoint.config;
   const flexdit::SafetensorsFile file(s.caption);
   flexdit::SampleRequest request{
+      .label = s.label,
       .steps = flexdit::sampler_steps(flexdit::sampler_kind(s.sampler), s.steps, /*eta=*/0, c.learned_variance()),
       .guidance = s.guidance,
       .height = s.height ? s.height : c.input_height,
