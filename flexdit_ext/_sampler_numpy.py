@@ -13,6 +13,7 @@ from . import _C
 from ._checks import DTYPE_NAMES, check_count
 from ._conditions import core_schedule
 from ._config_file import check_readable, find_weights, read_any_config
+from ._shards import INDEX_SUFFIX
 from .config import FlexDiTConfig
 from .config_single import FlexLatteConfig, FlexPixArtConfig
 
@@ -47,10 +48,8 @@ def from_pretrained(path, dtype, device, threads, modulation_bytes) -> tuple:
         raise error(f"dtype is {dtype!r}, must be None or one of {', '.join(DTYPE_NAMES[kind])} on {kind}")
     weights = find_weights(Path(path))
     check_readable(weights)
-    if not weights.name.endswith(".safetensors"):
-        raise ValueError(
-            f"{weights} must be a .safetensors file: one in shards is read with torch, by the model's from_pretrained"
-        )
+    if not weights.name.endswith((".safetensors", INDEX_SUFFIX)):
+        raise ValueError(f"{weights} must be a .safetensors file, or the index of one in shards")
     # The C++ library reads the file first: it says best what is wrong with a broken one.
     checkpoint = _C.Checkpoint(os.fspath(weights), None if dtype is None else getattr(_C.DType, dtype))
     if checkpoint.dtype.name not in DTYPE_NAMES[kind]:

@@ -91,7 +91,8 @@ class Sampler(Generic[Latents]):
         """A sampler of what save_pretrained wrote, read by the C++ library: torch is not needed, and latents are numpy
         arrays, float32 (float64 in float64).
 
-        path: the folder of a FlexDiT, FlexPixArt or FlexLatte, or its model.safetensors; not in shards.
+        path: the folder of a FlexDiT, FlexPixArt or FlexLatte, its model.safetensors, or the index of
+            one in shards.
         dtype: to compute with, "float32", "bfloat16", on the CPU "float64", on a GPU "float16"; None is the file's.
         device: "cpu", "cuda" or "cuda:1"; there the work runs in the default stream.
         threads: on the CPU; None is OpenMP's number (OMP_NUM_THREADS).

@@ -139,12 +139,12 @@ def test_c_requests(example, folder, name, dtype):
     class Request(example.Request):
         """flexdit_request with what came later."""
 
-        _fields_ = [
+        _fields_ = (
             ("caption", ctypes.c_void_p), ("caption_tokens", ctypes.c_int64), ("null_caption", ctypes.c_void_p),
             ("null_caption_tokens", ctypes.c_int64), ("caption_dtype", ctypes.c_int32),
             ("sparse_frames", ctypes.c_int32), ("frames", ctypes.c_int64), ("resolution", ctypes.c_double * 2),
             ("aspect_ratio", ctypes.c_double),
-        ]  # fmt: skip
+        )  # fmt: skip
 
     config, clip = CONFIGS[name], "clip" in name
     library = example.Library(str(build_folder() / "libflexdit_c.so"))

@@ -199,14 +199,21 @@ def test_no_cuda_backend(checkpoint):
         Sampler.from_pretrained(checkpoint, device="cuda")
 
 
-def test_broken_file_and_shards(model, checkpoint, tmp_path):
+def test_broken_file_and_shards(model, checkpoint, expected, tmp_path):
     whole = (checkpoint / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[:1000])
     with pytest.raises(ValueError, match=r"model\.safetensors"):
         Sampler.from_pretrained(tmp_path)
     model.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
-    with pytest.raises(ValueError, match=r"index\.json must be a \.safetensors file: one in shards is read with torch"):
+    shards = sorted((tmp_path / "shards").glob("*.safetensors"))
+    assert len(shards) > 2
+    for path in (tmp_path / "shards", tmp_path / "shards" / "model.safetensors.index.json"):
+        assert np.array_equal(Sampler.from_pretrained(path).sample(**REQUEST), expected)
+    shards[1].unlink()
+    with pytest.raises(ValueError, match=rf"{shards[1].name} does not exist"):
         Sampler.from_pretrained(tmp_path / "shards")
+    with pytest.raises(ValueError, match=r"config\.json must be a \.safetensors file, or the index of one in shards"):
+        Sampler.from_pretrained(checkpoint / "config.json")
     with pytest.raises(
         TypeError, match=r"model is str, must be a FlexDiT, .*; Sampler\.from_pretrained takes a checkpoint"
     ):

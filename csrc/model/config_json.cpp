@@ -147,32 +147,12 @@ void read_field(io::JsonReader& json, const std::string& key, Fields& fields) {
   }
 }
 
-void skip(io::JsonReader& json, int depth = 0) {
-  using Kind = io::JsonReader::Kind;
-  constexpr int kMostDepth = 8;  // a schedule's grids are 3 deep
-  if (depth > kMostDepth) json.fail("nests too deep");
-  switch (json.peek()) {
-    case Kind::object:
-      return json.object([&](const std::string&) { skip(json, depth + 1); });
-    case Kind::array:
-      return json.array([&] { skip(json, depth + 1); });
-    case Kind::string:
-      return void(json.string());
-    case Kind::number:
-      return void(json.real());
-    case Kind::boolean:
-      return void(json.boolean());
-    case Kind::null:
-      return json.null();
-  }
-}
-
 // By the class that the text names, wherever it does: the other fields' meaning depends on it.
 ModelFamily family_of(std::string_view text) {
   ModelFamily family = ModelFamily::dit;
   io::JsonReader json(text);
   json.object([&](const std::string& key) {
-    if (key != kClassKey) return skip(json);
+    if (key != kClassKey) return json.skip();
     const std::string name = json.string();
     for (const ModelFamily one : {ModelFamily::pixart, ModelFamily::latte})
       if (name == class_of(one)) family = one;

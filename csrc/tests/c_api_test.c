@@ -245,6 +245,78 @@ static void a_smaller_request(const char* folder) {
   flexdit_model_free(model);
 }
 
+/* Of a label and a caption, and of a caption and a size. */
+static void captions_and_frames(const char* folder) {
+  char path[1000];
+  flexdit_checkpoint* checkpoint = NULL;
+  flexdit_model* model;
+  flexdit_session* session = NULL;
+  flexdit_image* image = NULL;
+  flexdit_request request;
+  const float caption[30] = {0.5f, -1, 2, 0.25f, 3, -2, 1, 1, 0, 0, -1, 4}, null_caption[6] = {1, 0, -1};
+  double values[2 * 8 * 8], wide[30], again[2 * 8 * 8];
+  int64_t ids[2], id = -1, shape[3], frames = 0;
+  int i, differing = 0;
+  CHECK(snprintf(path, sizeof path, "%s_latte", folder) < (int)sizeof path);
+  CHECK(flexdit_checkpoint_load(path, FLEXDIT_FLOAT64, &checkpoint) == FLEXDIT_OK);
+  CHECK(get(checkpoint, FLEXDIT_FAMILY) == FLEXDIT_LATTE && get(checkpoint, FLEXDIT_NUM_FRAMES) == 3);
+  CHECK(get(checkpoint, FLEXDIT_CAPTION_CHANNELS) == 6 && get(checkpoint, FLEXDIT_MAX_CAPTION_TOKENS) == 5);
+  CHECK(get(checkpoint, FLEXDIT_SIZE_CONDITIONS) == 0 && get(checkpoint, FLEXDIT_HAS_NULL_CLASS) == 1);
+  CHECK(flexdit_model_prepare(checkpoint, NULL, &model) == FLEXDIT_OK);
+  flexdit_checkpoint_free(checkpoint);
+  CHECK(flexdit_session_create(model, NULL, &session) == FLEXDIT_OK);
+  for (i = 0; i < 30; ++i) wide[i] = caption[i];
+#define CLIP()                                                    \
+  do {                                                            \
+    request = request_of(1, FLEXDIT_DDIM, 2);                     \
+    request.caption = caption, request.caption_tokens = 2;        \
+    request.frames = 2;                                           \
+  } while (0)
+#define WITH(member, value, part)                               \
+  do {                                                          \
+    CLIP();                                                     \
+    request.member = value;                                     \
+    REFUSES(flexdit_session_add(session, &request, &id), part); \
+  } while (0)
+  WITH(caption_tokens, 6, "request.caption_tokens is 6, must lie in [1, 5]");
+  WITH(caption_tokens, 0, "request.caption_tokens is 0, must lie in [1, 5]");
+  WITH(caption, NULL, "request.caption_tokens is 2, must be 0 where caption is NULL");
+  WITH(caption_dtype, FLEXDIT_KEEP_DTYPE, "request.caption_dtype is -1, must be one of the FLEXDIT_ dtypes, 0 to 3");
+  WITH(frames, 4, "frames is 4");
+  WITH(frames, -1, "frames is -1");
+  WITH(sparse_frames, 1, "request.sparse_frames is 1, must be positive together with the other sides");
+  WITH(sparse_frames, -1, "request.sparse_frames is -1");
+  WITH(guidance, 2, "null_caption"); /* which it lacks */
+#undef WITH
+  CLIP();
+  request.guidance = 2, request.null_caption = null_caption, request.null_caption_tokens = 1;
+  request.sparse_frames = 2, request.sparse_height = 1, request.sparse_width = 3;
+  ids[0] = add(session, request);
+  finish(session);
+  CHECK(flexdit_session_take(session, ids[0], &image) == FLEXDIT_OK && image);
+  CHECK(flexdit_image_shape(image, shape) == FLEXDIT_OK && shape[0] == 1 && shape[1] == 8 && shape[2] == 8);
+  CHECK(flexdit_image_frames(image, &frames) == FLEXDIT_OK && frames == 2);
+  CHECK(flexdit_image_copy(image, FLEXDIT_FLOAT64, values, 128) == FLEXDIT_OK);
+  REFUSES(flexdit_image_copy(image, FLEXDIT_FLOAT64, values, 64), "count is 64, must be the image's 128 values");
+  flexdit_image_free(image);
+  for (i = 0; i < 64; ++i) differing += values[i] != values[64 + i];
+  CHECK(differing > 32); /* frames */
+  request.caption = wide, request.caption_dtype = FLEXDIT_FLOAT64; /* null_caption is of it, too */
+  request.guidance = 1, request.null_caption = NULL, request.null_caption_tokens = 0;
+  ids[0] = add(session, request);
+  request.caption = caption, request.caption_dtype = FLEXDIT_FLOAT32;
+  ids[1] = add(session, request);
+  finish(session);
+  for (i = 0; i < 2; ++i) {
+    CHECK(flexdit_session_take(session, ids[i], &image) == FLEXDIT_OK && image);
+    CHECK(flexdit_image_copy(image, FLEXDIT_FLOAT64, i ? again : values, 128) == FLEXDIT_OK);
+    flexdit_image_free(image);
+  }
+  CHECK(memcmp(values, again, sizeof values) == 0);
+#undef CLIP
+  flexdit_session_free(session), flexdit_model_free(model);
+}
+
 static void bad_models(const char* folder) {
   flexdit_checkpoint *checkpoint = NULL, *half = NULL;
   flexdit_model *model = NULL, *untouched = (flexdit_model*)folder;
@@ -418,6 +490,7 @@ int main(int argc, char** argv) {
   images(argv[1]);
   a_smaller_request(argv[1]);
   queues(argv[1]);
+  captions_and_frames(argv[1]);
   bad_models(argv[1]);
   bad_requests(argv[1]);
   structs_grow(argv[1]);

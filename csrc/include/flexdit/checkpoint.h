@@ -1,4 +1,5 @@
-// A trained model, FlexDiT, FlexPixArt or FlexLatte, from the folder that flexdit_ext's save_pretrained writes: config.json and model.safetensors.
+// A trained model, FlexDiT, FlexPixArt or FlexLatte, from the folder that flexdit_ext's save_pretrained writes:
+// config.json and model.safetensors, or shards of it and model.safetensors.index.json.
 #pragma once
 
 #include "flexdit/model.h"
@@ -16,7 +17,7 @@ struct Checkpoint {
   std::vector<Matrix> parameters;  // model_parameters(config), contiguous, read-only: they may lie in the mapped file
   std::shared_ptr<const void> storage;  // keeps their memory; copies of a Checkpoint share it
 
-  // `path` is the folder or a .safetensors file. The configuration comes from config.json beside the weights or from
+  // `path` is the folder, a .safetensors file or an index of shards. The configuration comes from config.json beside the weights or from
   // their metadata (key "config"); config.json is asked first, except for weights of another name than
   // model.safetensors. With `dtype` the values are converted, otherwise patch_embed.weight's dtype is kept.
   // Throws CheckpointError: files that are missing, unreadable or broken, a configuration that is no such thing, and
