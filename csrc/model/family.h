@@ -32,6 +32,16 @@ constexpr BlockStyle style_of(const Config& c, size_t k) { return {shares_modula
 size_t model_block_parameters(const Config& c, BlockKind kind, size_t k);
 constexpr size_t final_parameters(const Config& c) { return shares_modulation(c) ? 3 : 4; }
 
+constexpr size_t cross_index(const Config& c, size_t k) { return c.family == ModelFamily::latte ? k / 2 : k; }
 int64_t cross_blocks(const Config& c);  // how many have it
+
+// Latte adds the temporal embedding before its second block, here before the pooling block, module or dense block that
+// holds it: the first block of that, or nothing in other models.
+constexpr std::optional<size_t> time_place(const Config& c) {
+  const int64_t module = c.generation_blocks + c.sparse_blocks + c.recovery_blocks + c.dense_blocks;
+  const int64_t depth = c.num_pooling_blocks + c.num_sdtm * module + c.num_dense_blocks;
+  if (c.family != ModelFamily::latte || depth < 2) return std::nullopt;
+  return c.num_pooling_blocks || !c.num_sdtm ? 1 : 0;
+}
 
 }  // namespace flexdit

@@ -118,6 +118,29 @@ size_t parameter_count(const Config& c) {
   return count;
 }
 
+void require_trained_here(const Config& c) {
+  if (shares_modulation(c))
+    throw ArgumentError("model: config.family is FlexPixArt or FlexLatte, whose gradients Python's block ops compute");
+}
+
+// What a model with a shared modulation needs besides.
+void check_shared(const ModelForward& p) {
+  const Config& c = p.config;
+  const auto require = [](bool holds, const auto&... parts) {
+    if (!holds) refuse("model: ", parts...);
+  };
+  require(!p.context, "context is for backward, which FlexPixArt and FlexLatte do not have here");
+  require(bool(p.prepared.modulation), "prepared.modulation is missing, FlexPixArt and FlexLatte need it");
+  require(bool(p.positions), "positions is missing, FlexPixArt and FlexLatte need it");
+  require(std::ssize(p.prepared.caption_kv) == cross_blocks(c), "prepared.caption_kv holds ",
+          p.prepared.caption_kv.size(), " matrices, must hold ", cross_blocks(c));
+  require(p.prepared.caption_kv.empty() || p.prepared.caption_layout.batch == p.batch,
+          "prepared.caption_layout has ", p.prepared.caption_layout.batch, " samples, must have ", p.batch);
+  if (c.family != ModelFamily::latte) return;
+  require(p.frames.table && (p.sparse_frames.table || c.num_sdtm == 0), "frames or sparse_frames is missing");
+  require(p.times || !time_place(c), "times is missing");
+}
+
 void check(const ModelForward& p, const Execution& exec) {
   const Config& c = p.config;
   const size_t wanted = parameter_count(c);
@@ -129,7 +152,7 @@ void check(const ModelForward& p, const Execution& exec) {
           "config has modules without a generation or a recovery block");
   require(c.num_sdtm == 0 || p.sparse_layout.batch == p.batch, "sparse_layout has ", p.sparse_layout.batch,
           " samples, must have ", p.batch);
-  require(p.t || p.timestep_features || p.prepared.modulation, "t and timestep_features are both missing");
+  require(shares_modulation(c) || p.t || p.timestep_features || p.prepared.modulation, "t and timestep_features are both missing");
   require(p.layout.table || exec.device == Device::cpu, "layout is missing");
   require(!p.layout.table || p.layout.batch == p.batch, "layout has ", p.layout.batch, " samples, must have ", p.batch);
   const ModelPrepared& prepared = p.prepared;
@@ -142,6 +165,7 @@ void check(const ModelForward& p, const Execution& exec) {
           Shape{p.batch, model_modulation_columns(c)});
   const bool any = prepared.modulation || !prepared.packed.empty() || !prepared.folded.empty();
   require(!any || !p.context, "prepared is for inference, a context keeps what backward needs");
+  if (shares_modulation(c)) check_shared(p);
 }
 
 // For measuring: nothing is carved.
@@ -167,13 +191,17 @@ int64_t backward_bytes(const ModelForward& p, const Walk& walk) {
 
 }  // namespace
 
-int64_t model_context_bytes(const ModelForward& p) { return Walk(without_memory(p), true, nullptr).context_bytes(); }
+int64_t model_context_bytes(const ModelForward& p) {
+  require_trained_here(p.config);
+  return Walk(without_memory(p), true, nullptr).context_bytes();
+}
 
 int64_t model_workspace_bytes(const ModelForward& p, bool keeps_context) {
   return Walk(without_memory(p), keeps_context, nullptr).workspace_bytes();
 }
 
 int64_t model_backward_workspace_bytes(const ModelForward& p) {
+  require_trained_here(p.config);
   const ModelForward measured = without_memory(p);
   const Walk walk(measured, true, nullptr);
   return walk.workspace_bytes() + backward_bytes(measured, walk);
@@ -185,6 +213,7 @@ void model_forward(const ModelForward& p, const Execution& exec) {
 }
 
 void model_backward(const ModelBackward& p, const Execution& exec) {
+  require_trained_here(p.config);
   check(p, exec);
   if (p.grad_parameters.size() != p.parameters.size())
     throw ArgumentError("model: grad_parameters must hold as many tensors as parameters");
@@ -192,47 +221,6 @@ void model_backward(const ModelBackward& p, const Execution& exec) {
   Arena arena(static_cast<char*>(p.workspace) + walk.workspace_bytes());
   GradientBuffers grads(p, walk, arena);
   Backward(p, walk, grads, exec).run();
-}
-
-namespace {
-
-struct ModulationWorkspace {
-  Matrix features, condition;  // [S, F], [S, C]
-  void* temporary;
-};
-
-ModulationWorkspace plan_modulation(const Config& c, int64_t samples, DType dtype, Arena& arena) {
-  ModulationWorkspace w;
-  w.features = arena.matrix(samples, c.timestep_features, dtype);
-  w.condition = arena.matrix(samples, c.hidden, dtype);
-  w.temporary = arena.bytes(condition_workspace_bytes(samples, c.hidden, c.timestep_features, dtype));
-  return w;
-}
-
-}  // namespace
-
-int64_t model_modulation_columns(const Config& c) {
-  return (6 * static_cast<int64_t>(model_blocks(c).size()) + 2) * c.hidden;
-}
-
-int64_t model_modulation_workspace_bytes(const Config& config, int64_t samples, DType dtype) {
-  Arena arena;
-  plan_modulation(config, samples, dtype, arena);
-  return arena.used();
-}
-
-void model_modulation(const ModelModulation& p, const Execution& exec) {
-  Arena arena(p.workspace);
-  const auto w = plan_modulation(p.config, p.out.rows, p.out.dtype, arena);
-  timestep_embedding({.t = p.t, .out = w.features, .shift = p.config.timestep_shift}, exec);
-  condition_forward({.parameters = p.parameters.subspan(parameter_places(p.config).timestep, 5),
-                     .features = w.features,
-                     .labels = p.labels,
-                     .out = w.condition,
-                     .workspace = w.temporary},
-                    exec);
-  silu({.x = w.condition, .y = w.condition}, exec);
-  linear({.x = w.condition, .weight = p.weight, .bias = p.bias, .y = p.out, .packed = p.packed}, exec);
 }
 
 }  // namespace flexdit

@@ -55,6 +55,7 @@ class Walk {
   NextNorm next_norm(size_t block, bool sparse) const;
   BlockPrepared prepared_for(const BlockCall& call) const;
 
+  void add_time();
   void embed();
   void module();
   Matrix block(BlockKind kind, bool sparse, const Matrix& x, const Matrix& other = {});
