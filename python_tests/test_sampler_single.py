@@ -14,6 +14,7 @@ from single_sampling import (
     error_of,
     expected_of,
     model_of,
+    null_caption_of,
     null_of,
     sampler_of,
 )
