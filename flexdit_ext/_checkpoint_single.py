@@ -1,4 +1,4 @@
-"""Checkpoints of FlexPixArt and FlexLatte: as FlexDiT's, with the model's name in config.json."""
+"""Checkpoints of FlexPixArt and FlexLatte: as FlexDiT's, with the class in config.json. Loading of any of the three."""
 
 from __future__ import annotations
 
@@ -12,10 +12,36 @@ from torch import Tensor
 
 from ._config_file import read_config_text
 from ._shards import parse_size
-from .checkpoint import check_state_dict, load_state_dict_file, locate, one_device, write_checkpoint
-from .single_model import SingleFlexDiT
+from .checkpoint import (
+    check_state_dict,
+    load_pretrained,
+    load_state_dict_file,
+    locate,
+    one_device,
+    write_checkpoint,
+)
+from .model import FlexDiT
+from .single_model import FlexLatte, FlexPixArt, SingleFlexDiT
 
 _CLASS = "_class_name"
+_KINDS = {"FlexPixArt": FlexPixArt, "FlexLatte": FlexLatte}
+
+
+def class_of(path) -> type[FlexDiT] | type[SingleFlexDiT]:
+    """The class whose save_pretrained wrote the checkpoint: FlexDiT unless config.json names another."""
+    text, _ = read_config_text(locate(path))
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return FlexDiT  # whose loader says what is wrong
+    name = values.get(_CLASS) if isinstance(values, dict) else None
+    return _KINDS.get(name, FlexDiT) if isinstance(name, str) else FlexDiT
+
+
+def load_any(path, dtype: torch.dtype | None = None, device=None) -> FlexDiT | SingleFlexDiT:
+    """As checkpoint.load_pretrained, for a checkpoint of any of the three classes."""
+    kind = class_of(path)
+    return load_pretrained(path, dtype, device) if kind is FlexDiT else load_single(kind, path, dtype, device)
 
 
 def save_single(model: SingleFlexDiT, directory: str | os.PathLike, max_shard_size: int | str | None) -> None:

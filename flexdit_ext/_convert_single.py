@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -14,9 +15,10 @@ from torch import Tensor
 from ._checkpoint_single import build_single
 from ._convert_diffusers import WEIGHTS_NAME, read_json, transformer_folder
 from ._report import Report
+from ._shards import parse_size
 from ._sparsify import into_layout
 from ._state_dict import load_tensors, rename, reverse, translate
-from .checkpoint import CONFIG_NAME, find_weights
+from .checkpoint import CONFIG_NAME, find_weights, write_checkpoint
 from .config_single import FlexLatteConfig, FlexPixArtConfig
 from .single_model import FlexLatte, FlexPixArt, SingleFlexDiT
 
@@ -186,12 +188,7 @@ def _build(kind: type, config, tensors, layout: dict, dtype, device, source: str
     if unknown := sorted(set(layout) - set(_LAYOUT)):
         raise TypeError(f"{source}: unknown arguments {unknown}, the layout's are {list(_LAYOUT)}")
     tensors = translate(tensors, lambda name: rename(name, _BEGINNINGS, _PARTS), source, report)
-    if layout:
-        depth, config = config.depth, dataclasses.replace(config, **({"num_dense_blocks": 0} | layout))
-        if "num_dense_blocks" not in layout:
-            config = dataclasses.replace(config, num_dense_blocks=max(0, depth - config.depth))
-        if config.depth != depth:
-            raise ValueError(f"{source}: the layout has {config.depth} blocks, the dense model has {depth}")
+    config = _laid_out(config, layout, source)
     tensors = into_layout(tensors, config, report)
     weight = tensors["patch_embed.weight"]
     with torch.device("meta"):
@@ -202,6 +199,32 @@ def _build(kind: type, config, tensors, layout: dict, dtype, device, source: str
             report.initialise(name, "0")
     report.missing = [name for name in expected if name not in tensors]
     return build_single(kind, config, tensors, dtype, device, source)
+
+
+def _laid_out(config, layout: dict, source: str):
+    """The dense configuration with that layout; dense blocks, unless given, are what the depth leaves."""
+    if not layout:
+        return config
+    depth, config = config.depth, dataclasses.replace(config, **({"num_dense_blocks": 0} | layout))
+    if "num_dense_blocks" not in layout:
+        config = dataclasses.replace(config, num_dense_blocks=max(0, depth - config.depth))
+    if config.depth != depth:
+        raise ValueError(f"{source}: the layout has {config.depth} blocks, the dense model has {depth}")
+    return config
+
+
+def sparsify_single(model: SingleFlexDiT, layout: dict, report: Report | None = None) -> SingleFlexDiT:
+    """A model of that layout from a dense one, as from_pixart makes it, with copied weights. Raises ValueError for a
+    model that is not dense, or a layout that does not fit."""
+    if model.config.num_pooling_blocks or model.config.num_sdtm:
+        raise ValueError("the model has pooling blocks or SDTMs, only a dense one takes another layout")
+    report = Report() if report is None else report
+    state_dict = model.state_dict()
+    if not report.mapped:
+        report.start(state_dict)
+    config = _laid_out(model.config, layout, "the dense model")
+    tensors = into_layout(state_dict, config, report)
+    return build_single(type(model), config, tensors, None, model.patch_embed.weight.device, "the dense model")
 
 
 # ---- and back -------------------------------------------------------------------------------------------------------
@@ -244,6 +267,21 @@ def to_latte(model: FlexLatte, report: Report | None = None) -> tuple[dict[str, 
         "cross_attention_dim": config.hidden_size,
     }
     return _their_tensors(model, lambda k: f"{'temporal_' if k % 2 else ''}transformer_blocks.{k // 2}", report), theirs
+
+
+def save_single_diffusers(
+    model: SingleFlexDiT,
+    directory: str | os.PathLike,
+    *,
+    max_shard_size: int | str | None = None,
+    report: Report | None = None,
+) -> None:
+    """Writes the folder that PixArtTransformer2DModel's or LatteTransformer3DModel's from_pretrained reads, whole or
+    not at all. Errors as to_pixart and to_latte."""
+    most = None if max_shard_size is None else parse_size("max_shard_size", max_shard_size)
+    tensors, config = (to_pixart if isinstance(model, FlexPixArt) else to_latte)(model, report)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # rows of one qkv share memory
+    write_checkpoint(tensors, Path(directory), json.dumps(config, indent=2) + "\n", most, WEIGHTS_NAME)
 
 
 def _check_dense(model, kind: type[SingleFlexDiT], source: str):
