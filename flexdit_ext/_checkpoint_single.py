@@ -54,6 +54,12 @@ def load_single(kind: type[SingleFlexDiT], path, dtype, device, *, device_map=No
     """As checkpoint.load_pretrained."""
     device = one_device(device, device_map)
     weights = locate(path, **options)
+    config = read_single_config(kind, weights)
+    return build_single(kind, config, load_state_dict_file(weights), dtype, device, str(weights))
+
+
+def read_single_config(kind: type[SingleFlexDiT], weights: Path):
+    """The configuration of such a model; weights as locate gives them. Raises ValueError naming the file."""
     text, source = read_config_text(weights)
     try:
         values = json.loads(text)
@@ -62,10 +68,9 @@ def load_single(kind: type[SingleFlexDiT], path, dtype, device, *, device_map=No
     if not isinstance(values, dict) or values.pop(_CLASS, None) != kind.__name__:
         raise ValueError(f"{source} is not the configuration of a {kind.__name__}")
     try:
-        config = kind.config_class.from_dict(values)
+        return kind.config_class.from_dict(values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: {error}") from error
-    return build_single(kind, config, load_state_dict_file(weights), dtype, device, str(weights))
 
 
 def build_single(

@@ -188,7 +188,12 @@ def _build(kind: type, config, tensors, layout: dict, dtype, device, source: str
     if unknown := sorted(set(layout) - set(_LAYOUT)):
         raise TypeError(f"{source}: unknown arguments {unknown}, the layout's are {list(_LAYOUT)}")
     tensors = translate(tensors, lambda name: rename(name, _BEGINNINGS, _PARTS), source, report)
-    config = _laid_out(config, layout, source)
+    if layout:
+        depth, config = config.depth, dataclasses.replace(config, **({"num_dense_blocks": 0} | layout))
+        if "num_dense_blocks" not in layout:
+            config = dataclasses.replace(config, num_dense_blocks=max(0, depth - config.depth))
+        if config.depth != depth:
+            raise ValueError(f"{source}: the layout has {config.depth} blocks, the dense model has {depth}")
     tensors = into_layout(tensors, config, report)
     weight = tensors["patch_embed.weight"]
     with torch.device("meta"):
@@ -199,32 +204,6 @@ def _build(kind: type, config, tensors, layout: dict, dtype, device, source: str
             report.initialise(name, "0")
     report.missing = [name for name in expected if name not in tensors]
     return build_single(kind, config, tensors, dtype, device, source)
-
-
-def _laid_out(config, layout: dict, source: str):
-    """The dense configuration with that layout; dense blocks, unless given, are what the depth leaves."""
-    if not layout:
-        return config
-    depth, config = config.depth, dataclasses.replace(config, **({"num_dense_blocks": 0} | layout))
-    if "num_dense_blocks" not in layout:
-        config = dataclasses.replace(config, num_dense_blocks=max(0, depth - config.depth))
-    if config.depth != depth:
-        raise ValueError(f"{source}: the layout has {config.depth} blocks, the dense model has {depth}")
-    return config
-
-
-def sparsify_single(model: SingleFlexDiT, layout: dict, report: Report | None = None) -> SingleFlexDiT:
-    """A model of that layout from a dense one, as from_pixart makes it, with copied weights. Raises ValueError for a
-    model that is not dense, or a layout that does not fit."""
-    if model.config.num_pooling_blocks or model.config.num_sdtm:
-        raise ValueError("the model has pooling blocks or SDTMs, only a dense one takes another layout")
-    report = Report() if report is None else report
-    state_dict = model.state_dict()
-    if not report.mapped:
-        report.start(state_dict)
-    config = _laid_out(model.config, layout, "the dense model")
-    tensors = into_layout(state_dict, config, report)
-    return build_single(type(model), config, tensors, None, model.patch_embed.weight.device, "the dense model")
 
 
 # ---- and back -------------------------------------------------------------------------------------------------------

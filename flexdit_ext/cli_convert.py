@@ -16,7 +16,7 @@ import torch
 from . import convert
 from ._checkpoint_single import load_any
 from ._convert_diffusers import save_diffusers
-from ._convert_single import save_single_diffusers, sparsify_single
+from ._convert_single import save_single_diffusers
 from ._report import Report
 from ._shards import parse_size
 from ._sparsify import POSITIONS
@@ -172,8 +172,6 @@ def _with_layout(model: FlexDiT | SingleFlexDiT, layout: str, report: Report) ->
         raise ValueError(
             f"--layout is {layout}, but the source is a FlexDiT of another layout: only a dense one converts"
         )
-    if isinstance(model, SingleFlexDiT):
-        return sparsify_single(model, {name: values[name] for name in LAYOUT_FIELDS}, report)
     return convert.sparsify(model, config, report)
 
 

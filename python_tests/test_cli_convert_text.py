@@ -3,29 +3,19 @@
 import json
 
 import pytest
-import torch
 from helpers import assert_same_model, same_tensors
 
 diffusers = pytest.importorskip("diffusers")
 
+from test_cli_convert import refused, run  # noqa: E402
 from text_models import latte, pixart  # noqa: E402
 
 from flexdit_ext import FlexLatte, FlexLatteConfig, FlexPixArt, convert  # noqa: E402
-from flexdit_ext.__main__ import main  # noqa: E402
 
 SPARSE = "1/1x1,1,1,1/1"
 BOTH = pytest.mark.parametrize(
     "make, kind, name", [(pixart, FlexPixArt, "pixart"), (latte, FlexLatte, "latte")], ids=["pixart", "latte"]
 )
-
-
-def run(*arguments):
-    assert main(["convert", *map(str, arguments)]) == 0
-
-
-def refused(capsys, *arguments):
-    assert main(["convert", *map(str, arguments)]) == 1
-    return capsys.readouterr().err
 
 
 @BOTH
@@ -82,7 +72,7 @@ def test_refusals(tmp_path, capsys):
     for arguments, message in (
         ((tmp_path / "pixart", *to, "--num-heads", 2), "--num-heads is for DiTs, "),
         ((tmp_path / "sparse", *to, "--image-size", 64), "sparse is a FlexPixArt"),
-        ((tmp_path / "pixart", *to, "--layout", "1/1x1,1,1,1/4"), "the layout has 9 blocks, the dense model has 6"),
+        ((tmp_path / "pixart", *to, "--layout", "1/1x1,1,1,1/4"), "the dense model and config differ in depth 6 and 9"),
         ((tmp_path / "pixart", *to, "--layout", "XL/2"), "--layout XL/2 has hidden_size 1152, the source 48"),
         ((tmp_path / "sparse", *to, "--layout", "0/1x1,2,1,1/1"), "only a dense one converts"),
         ((tmp_path / "pixart", tmp_path / "x.pt", "--to", "dit"), "--to is dit, must be flexdit or diffusers"),
@@ -91,17 +81,3 @@ def test_refusals(tmp_path, capsys):
         error = refused(capsys, *arguments)
         assert message in error and error.count("error: ") == 1, error
     assert not list(tmp_path.glob("x*"))
-
-
-def test_sparsify_single_keeps_what_it_is_given():
-    dense = convert.from_latte(latte())
-    before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
-    from flexdit_ext._convert_single import sparsify_single
-
-    sparse = sparsify_single(dense, {"num_pooling_blocks": 2, "num_sdtm": 0})
-    assert sparse.config.num_dense_blocks == 4
-    with torch.no_grad():
-        sparse.patch_embed.weight.zero_()
-    assert same_tensors(dense.state_dict(), before)
-    with pytest.raises(ValueError, match="only a dense one takes another layout"):
-        sparsify_single(sparse, {"num_pooling_blocks": 1})
