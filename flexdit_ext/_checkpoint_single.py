@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ._config_file import read_config_text
+from ._config_file import read_config, read_config_text
 from ._shards import parse_size
 from .checkpoint import (
     check_state_dict,
@@ -36,6 +36,12 @@ def class_of(path) -> type[FlexDiT] | type[SingleFlexDiT]:
         return FlexDiT  # whose loader says what is wrong
     name = values.get(_CLASS) if isinstance(values, dict) else None
     return _KINDS.get(name, FlexDiT) if isinstance(name, str) else FlexDiT
+
+
+def read_any_config(path):
+    """The configuration of such a checkpoint. Raises as load_any."""
+    kind, weights = class_of(path), locate(path)
+    return read_config(weights)[0] if kind is FlexDiT else read_single_config(kind, weights)
 
 
 def load_any(path, dtype: torch.dtype | None = None, device=None) -> FlexDiT | SingleFlexDiT:

@@ -465,3 +465,27 @@ def test_values_that_are_not_finite(folders, tmp_path, capsys):
     line = {"checkpoint": tmp_path / "broken", "labels": "1", "steps": 1, "out": tmp_path / "out", "start_index": 7}
     assert "clip 7 is not finite" in refused(capsys, "sample", *words(line), "--quiet")
     assert not (tmp_path / "out").exists()
+
+
+# ---- info -----------------------------------------------------------------------------------------------------------
+
+
+def test_info_of_checkpoints(saved, folders, capsys):
+    def info(path):
+        assert main(["info", "--json", "--checkpoint", str(path)]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    model = load(folders, "both")
+    told = info(folders / "both")
+    assert told["model"] == f"FlexLatte, {sum(one.numel() for one in model.parameters())} parameters"
+    assert told["latents"] == "3x2x8x8" and told["blocks"] == "1 pooling, 1 x [1, 1, 1, 1] sparse and dense, 1 dense"
+    assert told["conditions"] == "3 classes, captions of at most 9 tokens of 10 channels"
+    share = model.macs() / model.macs((2, 4, 4))
+    assert (
+        told["sparse grids"] == f"2x2, 2x2, 2x2, 2x2 from data to noise, {share:.0%} of the work on all tokens"
+        and share < 0.8
+    )
+    assert info(folders / "sizes")["conditions"] == "captions of at most 9 tokens of 10 channels, height and width"
+    told = info(saved[1])
+    assert told["model"].startswith("FlexDiT, ") and told["conditions"] == "3 classes" and told["latents"] == "1x8x8"
+    assert refused(capsys, "info", "--checkpoint", folders / "none").endswith("none does not exist")
