@@ -74,11 +74,11 @@ def _parts(folder: Path) -> tuple[Path, Path]:
 
 @torch.no_grad()
 def encode(
-    folder: Path, texts: Sequence[str], length: int, device: torch.device, warn: Callable[[str], None]
+    folder: Path, texts: Sequence[str], length: int, device: torch.device, warn: Callable[[int, str], None]
 ) -> tuple[Tensor, Tensor]:
     """The last hidden state [N, L, C] of a T5 encoder for the texts, lower case and without space at their ends as
-    diffusers' PixArt and Latte pipelines take them, and its mask [N, L] bool. Tokens beyond `length` are cut off, of
-    which `warn` tells. Nothing is fetched from a network.
+    diffusers' PixArt and Latte pipelines take them, and its mask [N, L] bool. Tokens beyond `length` are cut off, and
+    `warn` is told the text's number and what is left out. Nothing is fetched from a network.
 
     Raises ValueError naming the folder where it cannot be loaded.
     """
@@ -88,7 +88,7 @@ def encode(
         for number, ids in enumerate(tokenizer(texts).input_ids):
             if len(ids) > length:
                 rest = tokenizer.decode(ids[length - 1 : -1])  # the last one ends every text
-                warn(f"prompt {number} has {len(ids)} tokens, the model reads {length}, left out is: {rest}")
+                warn(number, f"has {len(ids)} tokens, the model reads {length}, left out is: {rest}")
         options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
         tokens = tokenizer(texts, **options)
     ids, mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)

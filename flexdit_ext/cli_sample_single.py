@@ -122,6 +122,8 @@ def _check_arguments(arguments: argparse.Namespace, kind: type[SingleFlexDiT], c
     for name in ("text_encoder", "negative_prompt"):
         if getattr(arguments, name) is not None and not from_words:
             raise ValueError(f"--{name.replace('_', '-')} is for --prompt and --prompts")
+    if arguments.negative_prompt is not None and arguments.cfg_scale == 1:
+        raise ValueError("--negative-prompt does nothing with --cfg-scale 1, must be with another")
     if arguments.size is not None:
         check_size(arguments.size, config)
     _check_clips(arguments, kind, config)
@@ -178,7 +180,7 @@ def _wanted(arguments: argparse.Namespace, config, device: torch.device) -> _Wan
     endings, shown = [""], [{}]
     if config.caption_channels:
         prompts = _prompts(arguments)
-        captions = _captions(arguments, prompts, config, device)
+        captions = _captions(arguments, prompts, config, device, guided)
         count = len(captions.caption)
         endings, shown = (
             [""] * count,
@@ -211,7 +213,9 @@ def _prompts(arguments: argparse.Namespace) -> list[str] | None:
     return read_prompts(Path(arguments.prompts)) if arguments.prompts else arguments.prompt
 
 
-def _captions(arguments: argparse.Namespace, prompts: list[str] | None, config, device: torch.device) -> Captions:
+def _captions(
+    arguments: argparse.Namespace, prompts: list[str] | None, config, device: torch.device, guided: bool
+) -> Captions:
     channels, length = config.caption_channels, config.max_caption_tokens
     if prompts is None:
         return read_captions(Path(arguments.captions), channels, length)
@@ -219,16 +223,19 @@ def _captions(arguments: argparse.Namespace, prompts: list[str] | None, config, 
     require("transformers", "transformers", "--prompt")
     check_text_encoder(folder, channels)
 
-    def warn(message: str) -> None:
+    def warn(number: int, message: str) -> None:
         if not arguments.quiet:
-            print(f"flexdit sample: warning: {message}", file=sys.stderr)
+            name = f"prompt {number}" if number < len(prompts) else "the negative prompt"
+            print(f"flexdit sample: warning: {name} {message}", file=sys.stderr)
 
-    texts = [*prompts, arguments.negative_prompt or ""]
+    count, texts = len(prompts), [*prompts, *([arguments.negative_prompt or ""] if guided else [])]
     states, mask = (each.cpu() for each in encode(folder, texts, length, device, warn))
-    null_mask = mask[-1:]
+    if not guided:
+        return Captions(states, mask)
+    null_mask = mask[count:]
     if hasattr(config, "num_frames"):  # LattePipeline, with one prompt, gives the empty text the prompt's length
-        null_mask = mask[:-1]
-    return Captions(states[:-1], mask[:-1], states[-1:].expand(len(null_mask), -1, -1), null_mask)
+        null_mask = mask[:count]
+    return Captions(states[:count], mask[:count], states[count:].expand(len(null_mask), -1, -1), null_mask)
 
 
 def _packed(captions: Captions, arguments: argparse.Namespace, guided: bool) -> tuple[dict, dict]:

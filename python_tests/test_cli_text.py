@@ -273,11 +273,12 @@ def test_labels_and_captions(folders, tmp_path):
 
 def test_long_prompts_are_cut(folders, tmp_path, capsys):
     line = {"checkpoint": folders / "pixart", "text_encoder": folders / "t5", "steps": 1, "out": tmp_path / "a"}
+    line |= {"negative_prompt": "red " * 10, "cfg_scale": 2}
     assert main(["sample", *words(line), "--prompt", "the red cat", "--prompt", "the " * 8 + "blue dog"]) == 0
-    warning = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
-    assert warning == ["flexdit sample: warning: prompt 1 has 11 tokens, the model reads 9, left out is: blue dog"], (
-        warning
-    )
+    assert [line for line in capsys.readouterr().err.splitlines() if "warning" in line] == [
+        "flexdit sample: warning: prompt 1 has 11 tokens, the model reads 9, left out is: blue dog",
+        "flexdit sample: warning: the negative prompt has 11 tokens, the model reads 9, left out is: red red",
+    ]
     cut = draw(folders, "pixart", tmp_path / "b", text_encoder=folders / "t5", prompt="the " * 8, steps=1, seed=3)
     long = draw(folders, "pixart", tmp_path / "c", text_encoder=folders / "t5", prompt="the " * 10, steps=1, seed=3)
     a, b = (safetensors.torch.load_file(files["latents.safetensors"])["latents"] for files in (cut, long))
@@ -302,6 +303,7 @@ REFUSED = [
     ("pixart", {"prompt": "a cat"}, "--prompt needs --text-encoder"),
     ("pixart", FILE | {"text_encoder": "t5"}, "--text-encoder is for --prompt and --prompts"),
     ("pixart", FILE | {"negative_prompt": "dog"}, "--negative-prompt is for --prompt and --prompts"),
+    ("pixart", PROMPT | {"negative_prompt": "dog"}, "--negative-prompt does nothing with --cfg-scale 1"),
     ("pixart", FILE | PROMPT, "argument --prompt: not allowed with argument --captions"),
     ("pixart", FILE | {"frames": 2}, "--frames is for clips, "),
     ("pixart", FILE | {"fps": 2}, "--fps is for clips, "),
