@@ -171,7 +171,12 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--eta", type=float, default=0.0, help="DDIM's, 0 to 1, default %(default)s")
     add("--cfg-scale", type=float, default=1.0, metavar="SCALE", help="guidance; 1, the default, is none")
     add("--guidance-interval", type=float, nargs=2, metavar=("FIRST", "LAST"), help="timesteps guided, default all")
-    add("--guidance-channels", type=channels, metavar="N", help="the first N are guided, or all; default at most 3")
+    add(
+        "--guidance-channels",
+        type=channels,
+        metavar="N",
+        help="the first N are guided, or all; default at most 3, for text and clips all",
+    )
     add("--grid", type=grid, metavar="HxW", help="sparse grid of every step, instead of the schedule; clips: FxHxW")
     add("--clip-x0", action="store_true", help="clamp the predicted image to [-1, 1] in every step")
 
