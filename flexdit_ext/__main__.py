@@ -15,7 +15,8 @@ except ImportError as error:
     sys.exit(f"flexdit: the command line needs PyTorch, pip install 'flexdit_ext[torch]' ({error})")
 
 from . import _C, __version__, cli_bench, cli_convert, cli_evaluate, cli_latents, cli_sample, cli_train
-from ._checkpoint_single import class_of, read_any_config
+from ._checkpoint_single import class_and_config
+from .single_model import FlexLatte
 
 _OPTIONAL = ("diffusers", "transformers", "pillow", "imageio-ffmpeg", "accelerate", "peft")
 
@@ -46,7 +47,7 @@ def _version(package: str) -> str:
 
 def checkpoint_information(path: str) -> list[tuple[str, str]]:
     """What a checkpoint's configuration says; its weights are not read."""
-    kind, config = class_of(path), read_any_config(path)
+    kind, config = class_and_config(path)
     with torch.device("meta"):
         model = kind(config)
     parameters = sum(one.numel() for one in model.parameters())
@@ -57,7 +58,7 @@ def checkpoint_information(path: str) -> list[tuple[str, str]]:
             f"captions of at most {config.max_caption_tokens} tokens of {config.caption_channels} channels"
         )
     conditions += ["height and width"] if getattr(config, "size_conditions", False) else []
-    frames = (config.num_frames,) if hasattr(config, "num_frames") else ()
+    frames = (config.num_frames,) if kind is FlexLatte else ()
     shape = (config.in_channels, *frames, config.input_size, config.input_size)
     rows = [
         ("checkpoint", str(path)),

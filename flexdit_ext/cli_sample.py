@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ._checkpoint_single import class_of
+from ._checkpoint_single import class_and_config
 from ._clips import FORMATS
 from ._core import CUDA_ARCHITECTURES
 from ._files import all_or_nothing, arrange, check_finite, png, to_pixels, write_file
@@ -211,12 +211,12 @@ _FOR_SINGLE = ("prompt", "prompts", "captions", "negative_prompt", "text_encoder
 def run(arguments: argparse.Namespace) -> int:
     if not (arguments.labels or arguments.prompt or arguments.prompts or arguments.captions):
         raise ValueError("one of these is required: --labels, --prompt, --prompts, --captions")
-    kind = class_of(arguments.checkpoint)
+    kind, config = class_and_config(arguments.checkpoint)
     if kind is FlexDiT:
         return _run(arguments)
     from . import cli_sample_single  # which takes from here what the two share
 
-    return cli_sample_single.run(arguments, kind)
+    return cli_sample_single.run(arguments, kind, config)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -15,12 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._arguments import check_dtype, check_grid
-from ._checkpoint_single import read_single_config
 from ._clips import check_clip, write_clip
+from ._conditions import check_size, dense_grid
 from ._files import all_or_nothing, arrange, check_finite, png, to_pixels, write_file
 from ._text import Captions, check_text_encoder, encode, read_captions, read_prompts
 from ._vae import PIXEL_CHANNELS, load_decoder, pixels_per_latent
-from .checkpoint import locate
 from .cli_sample import (
     DTYPES,
     GRID_IMAGES,
@@ -32,9 +31,9 @@ from .cli_sample import (
     sampling_options,
     write_latents,
 )
-from .sampler import check_size
+from .config_single import FlexLatteConfig
+from .sampler import Sampler
 from .sampling import progress_bar
-from .sampling_single import sample_conditional
 from .single_model import FlexLatte, SingleFlexDiT
 
 _DECODED = 4  # frames at once: a decoder needs much more memory than the model
@@ -43,7 +42,7 @@ _PIXELS_PER_LATENT = 8  # of the autoencoders that diffusers' PixArt comes with
 
 @dataclass
 class _Wanted:
-    """N images or clips: what sample_conditional takes, and of each a word for the file's name and what it shows."""
+    """N images or clips: what Sampler.sample takes, and of each a word for the file's name and what it shows."""
 
     conditions: dict[str, Tensor]
     unconditional: dict[str, Tensor] | None
@@ -51,18 +50,17 @@ class _Wanted:
     shown: list[dict]
 
 
-def run(arguments: argparse.Namespace, kind: type[SingleFlexDiT]) -> int:
-    config = read_single_config(kind, locate(arguments.checkpoint))
+def run(arguments: argparse.Namespace, kind: type[SingleFlexDiT], config) -> int:
     _check_arguments(arguments, kind, config)
     device = arguments.device or default_device()
     decode = _decoder(arguments, config, device)
     if arguments.dtype is not None:
         check_dtype(DTYPES[arguments.dtype], device)
     wanted = _wanted(arguments, config, device)
-    model = kind.from_pretrained(arguments.checkpoint, DTYPES.get(arguments.dtype), device)
+    sampler = Sampler(kind.from_pretrained(arguments.checkpoint, DTYPES.get(arguments.dtype), device))
     with all_or_nothing(arguments.out) as folder:
-        latents = _sample(model, wanted, arguments)
-        del model  # the decoder has the memory
+        latents = _sample(sampler, wanted, arguments)
+        del sampler  # the decoder has the memory
         check_finite(latents, arguments.start_index, "image" if kind is not FlexLatte else "clip")
         if arguments.latents or decode is None:
             others = {"labels": wanted.conditions["y"]} if config.num_classes else {}
@@ -74,27 +72,19 @@ def run(arguments: argparse.Namespace, kind: type[SingleFlexDiT]) -> int:
     return 0
 
 
-def _sample(model: SingleFlexDiT, wanted: _Wanted, arguments: argparse.Namespace) -> Tensor:
+def _sample(sampler: Sampler, wanted: _Wanted, arguments: argparse.Namespace) -> Tensor:
     """Latents [N, C, H, W] or [N, C, F, H, W]."""
-    options = sampling_options(arguments)
-    options["guidance_channels"] = arguments.guidance_channels or "all"  # as diffusers' pipelines guide
-    return sample_conditional(
-        model,
-        _placed(wanted.conditions, model),
-        unconditional=None if wanted.unconditional is None else _placed(wanted.unconditional, model),
-        **options,
+    null = {f"null_{name}": value for name, value in (wanted.unconditional or {}).items() if name != "y"}
+    return sampler.sample(
+        **wanted.conditions,
+        **null,  # the null class needs no naming
+        **sampling_options(arguments),
         size=arguments.size,
         frames=arguments.frames,
         batch_size=min(arguments.batch_size, len(wanted.endings)),
         start_index=arguments.start_index,
         progress=not arguments.quiet,
     )
-
-
-def _placed(conditions: dict[str, Tensor], model: SingleFlexDiT) -> dict[str, Tensor]:
-    like = model.patch_embed.weight
-    dtypes = {"caption": like.dtype}
-    return {name: value.to(like.device, dtypes.get(name)) for name, value in conditions.items()}
 
 
 # ---- what may be asked for ------------------------------------------------------------------------------------------
@@ -127,6 +117,9 @@ def _check_arguments(arguments: argparse.Namespace, kind: type[SingleFlexDiT], c
     if arguments.size is not None:
         check_size(arguments.size, config)
     _check_clips(arguments, kind, config)
+    if arguments.grid is not None:
+        dense = dense_grid(config, arguments.size, arguments.frames or 0)
+        config.check_sparse_grid("grid", check_grid("grid", arguments.grid), dense)
 
 
 def _check_clips(arguments: argparse.Namespace, kind: type[SingleFlexDiT], config) -> None:
@@ -137,22 +130,13 @@ def _check_clips(arguments: argparse.Namespace, kind: type[SingleFlexDiT], confi
                 raise ValueError(f"--{name} is for clips, {arguments.checkpoint} is a {kind.__name__}")
         if grid is not None and len(grid) != 2:
             raise ValueError(f"--grid is {'x'.join(map(str, grid))}, must be HEIGHTxWIDTH for images")
-        _check_grid(arguments, config, ())
         return
     if arguments.frames is not None and arguments.frames > config.num_frames:
         raise ValueError(f"--frames is {arguments.frames}, must be from 1 to the model's {config.num_frames}")
     if grid is not None and len(grid) != 3:
         raise ValueError(f"--grid is {'x'.join(map(str, grid))}, must be FRAMESxHEIGHTxWIDTH for clips")
-    _check_grid(arguments, config, (arguments.frames or config.num_frames,))
     arguments.format, arguments.fps = arguments.format or "gif", arguments.fps or 8
     check_clip(arguments.format, arguments.fps)
-
-
-def _check_grid(arguments: argparse.Namespace, config, frames: tuple[int, ...]) -> None:
-    if arguments.grid is not None:
-        sides = arguments.size or (config.input_size,) * 2
-        dense = (*frames, *(side // config.patch_size for side in sides))
-        config.check_sparse_grid("grid", check_grid("grid", arguments.grid), dense)
 
 
 def _decoder(arguments: argparse.Namespace, config, device: torch.device) -> Callable[[Tensor], Tensor] | None:
@@ -233,7 +217,7 @@ def _captions(
     if not guided:
         return Captions(states, mask)
     null_mask = mask[count:]
-    if hasattr(config, "num_frames"):  # LattePipeline, with one prompt, gives the empty text the prompt's length
+    if isinstance(config, FlexLatteConfig):  # LattePipeline, with one prompt, gives the empty text the prompt's length
         null_mask = mask[:count]
     return Captions(states[:count], mask[:count], states[count:].expand(len(null_mask), -1, -1), null_mask)
 

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from ._checks import check_count
+from ._conditions import check_frames, check_size
 from ._requests import (
-    check_cfg_scale,
     check_grids,
     check_guidance_channels,
     check_int,
     check_interval,
+    check_scales,
     check_seeds,
     progress_bar,
 )
 from .diffusion.samplers import make_sampler
-from .sampler import check_size
 from .sampling import _eval_mode, _walk
 from .single_model import FlexLatte, SingleFlexDiT
 
@@ -63,7 +61,7 @@ def sample_conditional(
     config, weight = model.config, model.patch_embed.weight
     total = _check_conditions("conditions", conditions)
     walker = make_sampler(sampler, steps, eta, clip_x0)
-    scales = check_cfg_scale(cfg_scale, total, SimpleNamespace(class_dropout_prob=1.0))  # any model can be guided
+    scales = check_scales(cfg_scale, total)
     if scales is not None and unconditional is None:
         raise ValueError(f"cfg_scale is {cfg_scale}, guidance needs unconditional")
     interval = check_interval(guidance_interval)
@@ -113,12 +111,9 @@ def _completed(unconditional, conditions: Mapping[str, Tensor], total: int) -> d
 def _shape(model: SingleFlexDiT, size, frames) -> tuple[int, ...]:
     config = model.config
     height, width = (config.input_size,) * 2 if size is None else check_size(size, config)
-    if not isinstance(model, FlexLatte):
-        if frames is not None:
-            raise ValueError(f"frames is {frames}, a FlexPixArt makes images")
-        return config.in_channels, height, width
-    frames = config.num_frames if frames is None else check_count("frames", frames, 1, config.num_frames)
-    return config.in_channels, frames, height, width
+    frames = check_frames(config, frames) or config.num_frames
+    clip = (frames,) if isinstance(model, FlexLatte) else ()
+    return (config.in_channels, *clip, height, width)
 
 
 class _Denoiser:

@@ -73,7 +73,7 @@ def test_other_sizes():
         ),
         ({"steps": 0}, ValueError, "steps"),
         ({"size": (7, 8)}, ValueError, r"size is \(7, 8\), must be \(height, width\): multiples of the patch size 2"),
-        ({"frames": 9}, ValueError, "frames is 9, must be from 1 to 4"),
+        ({"frames": 9}, ValueError, "frames = 9: must be at least 1, at most 4"),
     ],
 )
 def test_refusals(change, kind, message):
