@@ -121,7 +121,7 @@ def _encode(data: ImageFolder, rows: range, settings: LatentSettings, vae, devic
             seeds = [derive_seed(settings.seed, row) for row in batch]
             z = z + posterior.std * normal_noise(seeds, 0, tuple(z.shape[1:])).to(device)
         latents.append(((z - shift) * scaling).cpu().to(getattr(torch, settings.dtype)))
-        labels.append(classes)
+        labels.append(classes["y"])
     return torch.cat(latents).contiguous(), torch.cat(labels)  # convolutions may answer channels last
 
 

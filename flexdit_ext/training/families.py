@@ -1,0 +1,152 @@
+"""What training has to know of a kind of model: FlexDiT, FlexPixArt, FlexLatte."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .. import blocks, single_blocks
+from .._arguments import Grid
+from .._checkpoint_single import build_single
+from .._config_file import read_config_text
+from .._convert_single import sparsify_single
+from ..checkpoint import build_model, load_pretrained, locate
+from ..convert import sparsify
+from ..model import FlexDiT
+from ..sampling import sample
+from ..sampling_single import sample_conditional
+from ..single_model import FlexLatte, FlexPixArt
+from ._samples import Captions
+
+BLOCKS = (blocks.Block, single_blocks.Block)  # what FSDP2 shards, and compiles, one by one
+CAPTION_DROPOUT = 0.1  # of PixArt-alpha; a model of labels has its own class_dropout_prob
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of model; this one is FlexDiT, of labels.
+
+    name: in [model]. model: its class. kinds: of data. shape_fields: which fields of the configuration say what a
+    sample's shape is; agree: in which ones a teacher has to agree.
+    """
+
+    name: str
+    model: type[nn.Module]
+    kinds: tuple[str, ...]
+    shape_fields: tuple[str, ...] = ("model.in_channels", "model.input_size twice")
+    agree: tuple[str, ...] = ("input_size", "in_channels", "num_classes")
+
+    # ---- the model
+
+    def load(self, path: str) -> nn.Module:
+        """What save_pretrained wrote, float32 on the CPU."""
+        return load_pretrained(path, dtype=torch.float32)
+
+    def build(self, config, tensors: Mapping[str, Tensor], source: str) -> nn.Module:
+        return build_model(config, tensors, source=source)
+
+    def sparsify(self, dense: nn.Module, config) -> nn.Module:
+        """The dense model's weights in the layout of `config`."""
+        return sparsify(dense, config)
+
+    # ---- its data
+
+    def sample_shape(self, config) -> tuple[int, ...]:
+        return (config.in_channels, config.input_size, config.input_size)
+
+    def conditions(self, config) -> tuple[str, ...]:
+        """The model's arguments besides x, t and grid."""
+        return ("y",)
+
+    def null(self, config, captions: Captions | None) -> dict[str, Tensor]:
+        """What stands for no condition, [1, ...] by the model's arguments; those that it does not name are kept."""
+        null = {}
+        if "y" in self.conditions(config) and config.class_dropout_prob:
+            null["y"] = torch.tensor([config.num_classes])
+        return null if captions is None else null | captions.without()
+
+    def macs(self, model: nn.Module, grid: Grid | None, tokens: int | None) -> float:
+        """Multiply-accumulates of a sample; tokens: of its caption."""
+        return model.macs(grid)
+
+    # ---- its pictures
+
+    def sample(
+        self,
+        model: nn.Module,
+        conditions: Mapping[str, Tensor],
+        null: Mapping[str, Tensor],
+        cfg_scale: float,
+        **options,
+    ) -> Tensor:
+        """[B, C, ...]; guided where there is something that stands for no condition."""
+        return sample(model, conditions["y"], cfg_scale=cfg_scale if null else 1.0, **options)
+
+
+class _SingleFamily(Family):
+    """Models whose blocks share one modulation; they take their conditions by name."""
+
+    def load(self, path: str) -> nn.Module:
+        return self.model.from_pretrained(path, dtype=torch.float32)
+
+    def build(self, config, tensors: Mapping[str, Tensor], source: str) -> nn.Module:
+        return build_single(self.model, config, tensors, None, None, source)
+
+    def sparsify(self, dense: nn.Module, config) -> nn.Module:
+        return sparsify_single(dense, config)
+
+    def conditions(self, config) -> tuple[str, ...]:
+        names = ("y",) if config.num_classes else ()
+        names += ("caption", "caption_mask") if config.caption_channels else ()
+        return names + (("resolution", "aspect_ratio") if config.size_conditions else ())
+
+    def macs(self, model: nn.Module, grid: Grid | None, tokens: int | None) -> float:
+        return model.macs(grid, tokens)
+
+    def sample(
+        self,
+        model: nn.Module,
+        conditions: Mapping[str, Tensor],
+        null: Mapping[str, Tensor],
+        cfg_scale: float,
+        **options,
+    ) -> Tensor:
+        guidance = {"cfg_scale": cfg_scale, "unconditional": null} if null else {}
+        return sample_conditional(model, conditions, **guidance, **options)
+
+
+class _ClipFamily(_SingleFamily):
+    def sample_shape(self, config) -> tuple[int, ...]:
+        return (config.in_channels, config.num_frames, config.input_size, config.input_size)
+
+
+_SINGLE = ("input_size", "in_channels", "caption_channels", "max_caption_tokens")
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family("flexdit", FlexDiT, ("digits", "images", "latents")),
+        _SingleFamily("flexpixart", FlexPixArt, ("captions",), agree=(*_SINGLE, "size_conditions")),
+        _ClipFamily(
+            "flexlatte",
+            FlexLatte,
+            ("clips",),
+            ("model.in_channels", "model.num_frames", "model.input_size twice"),
+            (*_SINGLE, "num_frames", "num_classes"),
+        ),
+    )
+}
+
+
+def family_of(path: str) -> Family:
+    """Of the model that save_pretrained wrote; raises FileNotFoundError or ValueError as loading it does."""
+    text, source = read_config_text(locate(path))
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source} is not JSON: {error}") from error
+    name = values.get("_class_name") if isinstance(values, dict) else None
+    return next((family for family in FAMILIES.values() if family.model.__name__ == name), FAMILIES["flexdit"])
