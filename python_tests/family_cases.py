@@ -63,11 +63,12 @@ def save(folder, arrays, name="a.safetensors"):
     return folder
 
 
-def family_config(output, family, data, **changes) -> TrainingConfig:
-    """make_config for a tiny model of the family on the shards in the folder `data`; changes["model"] go over its
+def family_config(output, family, shards, **changes) -> TrainingConfig:
+    """make_config for a tiny model of the family on the folder `shards`; changes["model"] go over its
     fields."""
     model = {"family": family} | MODELS[family] | changes.pop("model", {})
-    changes = {"data": {"kind": KINDS[family], "path": str(data)}, "batch_size": 4} | changes
+    changes = {"batch_size": 4} | changes
+    changes["data"] = {"kind": KINDS[family], "path": str(shards)} | changes.get("data", {})
     return TrainingConfig.from_dict(make_config(output, **changes).to_dict() | {"model": model})
 
 
