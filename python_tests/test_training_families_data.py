@@ -117,9 +117,9 @@ def test_folders_of_clips(tmp_path):
     assert data.name(1).endswith("a/walk.gif") and data.__getitems__([2, 0])[1]["y"].tolist() == [1, 0]
     assert [shades(data, i) for i in range(3)] == [[4, 5, 6, 7], [0, 1, 2, 3], [1, 2, 3, 4]]
     assert [shades(ClipFolder(tmp_path, 3, 3, 8, step=2), i) for i in range(3)] == [[3, 5, 7], [0, 2, 4], [1, 3, 5]]
-    with pytest.raises(ValueError, match=r"walk\.gif has 5 frames, must have 7: .* 4, data.frame_step 2"):
+    with pytest.raises(ValueError, match=r"walk\.gif has 5 frames, must have 7: a clip is 4 .*every 2"):
         ClipFolder(tmp_path, 1, 4, 8, step=2).__getitems__([1])
-    with pytest.raises(ValueError, match=r"a/run has 12 frames, must have 13: model.num_frames is 13"):
+    with pytest.raises(ValueError, match=r"a/run has 12 frames, must have 13: a clip is 13"):
         ClipFolder(tmp_path, 1, 13, 8)
     (tmp_path / "b" / "more" / "jump.webp").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"jump\.webp is not a readable image"):

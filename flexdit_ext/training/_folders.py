@@ -1,4 +1,4 @@
-"""Pictures and clips in a folder per class."""
+"""Pictures and clips in a folder per class, or each with a text beside it."""
 
 from __future__ import annotations
 
@@ -19,16 +19,27 @@ CLIP_SUFFIXES = (".gif", ".webp")  # that may hold several frames
 FRAME_SUFFIXES = tuple(suffix for suffix in IMAGE_SUFFIXES if suffix not in CLIP_SUFFIXES)
 
 
-class _ClassFolders(Samples):
-    """What _entries finds below a folder per class, in the order of their names, is read by _read."""
+class _Folders(Samples):
+    """What _entries finds below a folder per class, in the order of their names, is read by _read. Or there are no
+    classes: `captioned` ones are anywhere in the folder, with NAME.txt beside NAME.png, and have `texts`."""
 
     what: str  # "image", in messages
 
-    def __init__(self, path: str | os.PathLike, shape: tuple[int, ...], name: str):
-        self.root, self.shape = existing_folder(path, name), shape
+    def __init__(self, path: str | os.PathLike, shape: tuple[int, ...], name: str, captioned: bool):
+        self.root, self.shape, self.captioned = existing_folder(path, name), shape, captioned
         if shape[0] not in (1, 3):
             kind = self.what.split()[0]
             raise ValueError(f"{name}: {kind}s have 1 or 3 channels, the model has in_channels {shape[0]}")
+        if captioned:
+            self.classes: list[str] = []
+            self.files = sorted(self._entries(self.root))
+            if not self.files:
+                raise ValueError(f"{name} is {self.root}, which has no {self.what}")
+            self.texts = [_read_text(file) for file in self.files]
+        else:
+            self._find_classes(name)
+
+    def _find_classes(self, name: str) -> None:
         self.classes = sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir())
         if not self.classes:
             raise ValueError(f"{name} is {self.root}, which has no folders: there must be one for each class")
@@ -48,7 +59,7 @@ class _ClassFolders(Samples):
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
         samples = torch.stack([self._read(self.files[index]) for index in indices])
-        return samples, {"y": self.labels[list(indices)]}
+        return samples, {} if self.captioned else {"y": self.labels[list(indices)]}
 
     def name(self, index: int) -> str:
         return self.files[index]
@@ -60,14 +71,16 @@ class _ClassFolders(Samples):
         raise NotImplementedError
 
 
-class ImageFolder(_ClassFolders):
+class ImageFolder(_Folders):
     """[channels, size, size] float32 in [-1, 1], the middle square of an image, resized. channels: 1 or 3; name: of the
     path, in messages."""
 
     what = f"image ({', '.join(IMAGE_SUFFIXES)})"
 
-    def __init__(self, path: str | os.PathLike, channels: int, size: int, name: str = "data.path"):
-        super().__init__(path, (channels, size, size), name)
+    def __init__(
+        self, path: str | os.PathLike, channels: int, size: int, name: str = "data.path", captioned: bool = False
+    ):
+        super().__init__(path, (channels, size, size), name, captioned)
 
     def _entries(self, folder: Path) -> Iterator[str]:
         for directory, _, names in os.walk(folder):
@@ -77,18 +90,27 @@ class ImageFolder(_ClassFolders):
         return read_frames(file, self.shape[0], self.shape[1], [0])[0]
 
 
-class ClipFolder(_ClassFolders):
+class ClipFolder(_Folders):
     """[channels, frames, size, size] float32 in [-1, 1]: animated GIF and WebP files, and folders of pictures in the
     order of the numbers in their names. Of a longer clip the middle is taken, of every `step` frames one."""
 
     what = f"clip (animated {', '.join(CLIP_SUFFIXES)}, or a folder of {', '.join(FRAME_SUFFIXES)})"
 
-    def __init__(self, path: str | os.PathLike, channels: int, frames: int, size: int, step: int = 1):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        channels: int,
+        frames: int,
+        size: int,
+        step: int = 1,
+        name: str = "data.path",
+        captioned: bool = False,
+    ):
         self.step = step
-        super().__init__(path, (channels, frames, size, size), "data.path")
+        super().__init__(path, (channels, frames, size, size), name, captioned)
         # Counting the frames of a file means reading it: only one of each class is looked at before the first step.
         seen = set()
-        for file, label in zip(self.files, self.labels.tolist()):
+        for file, label in zip(self.files, [0] * len(self.files) if captioned else self.labels.tolist()):
             if os.path.isdir(file) or label not in seen:
                 self._frames(file, len(frames_in(file)) if os.path.isdir(file) else count_frames(file))
             seen.add(label)
@@ -97,7 +119,7 @@ class ClipFolder(_ClassFolders):
         for directory, _, names in os.walk(folder):
             if any(name.lower().endswith(FRAME_SUFFIXES) for name in names):
                 if Path(directory) == folder:
-                    raise ValueError(f"data.path: {folder} has pictures, must have a folder of them for each clip")
+                    raise ValueError(f"{folder} has pictures, must have a folder of them for each clip")
                 yield directory
             else:
                 yield from (os.path.join(directory, name) for name in names if name.lower().endswith(CLIP_SUFFIXES))
@@ -107,8 +129,8 @@ class ClipFolder(_ClassFolders):
         needed = (self.shape[1] - 1) * self.step + 1
         if count < needed:
             raise ValueError(
-                f"{file} has {count} frames, must have {needed}: model.num_frames is {self.shape[1]}, data.frame_step "
-                f"{self.step}"
+                f"{file} has {count} frames, must have {needed}: a clip is {self.shape[1]} (model.num_frames), one of "
+                f"every {self.step} (data.frame_step)"
             )
         first = (count - needed) // 2
         return range(first, first + needed, self.step)
@@ -167,6 +189,16 @@ def _opened(file: str):
             yield image
     except (UnidentifiedImageError, OSError, SyntaxError, EOFError) as error:
         raise ValueError(f"{file} is not a readable image: {error}") from error
+
+
+def _read_text(file: str) -> str:
+    path = Path(file).with_suffix(".txt")
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{file} has no text: {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a readable text in UTF-8: {error}") from error
 
 
 def existing_folder(path: str | os.PathLike, name: str) -> Path:
