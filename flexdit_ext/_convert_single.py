@@ -204,28 +204,6 @@ def _build(kind: type, config, tensors, layout: dict, dtype, device, source: str
     return build_single(kind, config, tensors, dtype, device, source)
 
 
-def sparsify_single(dense: SingleFlexDiT, config, report: Report | None = None) -> SingleFlexDiT:
-    """FlexPixArt or FlexLatte of layout `config` from a dense one, as convert.sparsify does it for FlexDiT: a copy of
-    the same dtype and device, in evaluation mode. Raises ValueError where the dense model has another layout, or
-    `config` differs in more than layout, schedule, max_caption_tokens and the value of class_dropout_prob."""
-    ours, theirs = config.to_dict(), dense.config.to_dict()
-    ours["depth"], theirs["depth"] = config.depth, dense.config.depth
-    ours["null class"], theirs["null class"] = (
-        bool(one.num_classes and one.class_dropout_prob) for one in (config, dense.config)
-    )
-    if theirs["num_pooling_blocks"] or theirs["num_sdtm"]:
-        raise ValueError("the dense model has pooling blocks or SDTMs, must have dense blocks only")
-    free = (*_LAYOUT, "max_caption_tokens", "class_dropout_prob")
-    names = [name for name in ours if name not in free and theirs[name] != ours[name]]
-    if wrong := [f"{name} {theirs[name]} and {ours[name]}" for name in names]:
-        raise ValueError(f"the dense model and config differ in {', '.join(wrong)}")
-    report = Report() if report is None else report
-    if not report.mapped:
-        report.start(dense.state_dict())
-    tensors = into_layout(dense.state_dict(), config, report)
-    return build_single(type(dense), config, tensors, None, dense.patch_embed.weight.device, "the dense model")
-
-
 # ---- and back -------------------------------------------------------------------------------------------------------
 
 

@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     target = Path(arguments.target)
-    with needing("train,diffusers"):
+    with needing("train,diffusers,text"):
         from .training.latents import LatentSettings, write_latents
 
         names = [field.name for field in dataclasses.fields(LatentSettings)]

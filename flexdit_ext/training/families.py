@@ -13,9 +13,7 @@ from .. import blocks, single_blocks
 from .._arguments import Grid
 from .._checkpoint_single import build_single
 from .._config_file import read_config_text
-from .._convert_single import sparsify_single
 from ..checkpoint import build_model, load_pretrained, locate
-from ..convert import sparsify
 from ..model import FlexDiT
 from ..sampling import sample
 from ..sampling_single import sample_conditional
@@ -48,10 +46,6 @@ class Family:
 
     def build(self, config, tensors: Mapping[str, Tensor], source: str) -> nn.Module:
         return build_model(config, tensors, source=source)
-
-    def sparsify(self, dense: nn.Module, config) -> nn.Module:
-        """The dense model's weights in the layout of `config`."""
-        return sparsify(dense, config)
 
     # ---- its data
 
@@ -95,9 +89,6 @@ class _SingleFamily(Family):
 
     def build(self, config, tensors: Mapping[str, Tensor], source: str) -> nn.Module:
         return build_single(self.model, config, tensors, None, None, source)
-
-    def sparsify(self, dense: nn.Module, config) -> nn.Module:
-        return sparsify_single(dense, config)
 
     def conditions(self, config) -> tuple[str, ...]:
         names = ("y",) if config.num_classes else ()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .._arguments import check_grid
 from ..cli_convert import LAYOUT_FIELDS, parse_layout
 from ..config import FlexDiTConfig
+from ..convert import sparsify
 from ..diffusion.ddpm import NUM_TIMESTEPS
 from ._samples import Samples
 from .config import MODEL_CONFIGS, ModelSettings, TrainingConfig, check_fields
@@ -147,7 +148,7 @@ def _from_checkpoint(settings: ModelSettings, family: Family) -> nn.Module:
     if config == model.config:
         return model
     if any(getattr(config, name) != getattr(model.config, name) for name in LAYOUT_FIELDS):
-        return family.sparsify(model, config)
+        return sparsify(model, config)
     return family.build(config, model.state_dict(), settings.checkpoint)
 
 
