@@ -48,8 +48,8 @@ class ModelSettings:
 class DataSettings:
     """kind: of a flexdit "digits" (scikit-learn's), "images" (a folder per class) or "latents" (safetensors or npz
     shards, or fast-DiT's feature folders); of a flexpixart "captions" (shards); of a flexlatte "clips" (a folder per
-    class, or shards). What shards hold: training._latents.Shards. frame_step: of so many frames of a folder's clips one
-    is taken. flip: mirror half of the samples. workers: loading processes, 0 loads in the loop."""
+    class, or shards). What shards hold: docs/training.md. frame_step: of so many frames of a folder's clips one is
+    taken. flip: mirror half of the samples. workers: loading processes, 0 loads in the loop."""
 
     kind: Literal["digits", "images", "latents", "captions", "clips"] = "images"
     path: str | None = None

@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..evaluation.digits import IMAGE_SIZE, NUM_CLASSES, load_split
-from ._folders import IMAGE_SUFFIXES, ClipFolder, ImageFolder, existing_folder
+from ._folders import ClipFolder, ImageFolder, existing_folder
 from ._latents import FeatureFolder, Shards, is_feature_folder
 from ._samples import Samples
 from .config import DataSettings, TrainingConfig
 from .draws import Draws
 from .families import Family
 
-__all__ = ["IMAGE_SUFFIXES", "Digits", "ImageFolder", "batches", "open_data", "rank_slots"]
+__all__ = ["Digits", "ImageFolder", "batches", "open_data", "rank_slots"]
 
 
 class Digits(Samples):

@@ -69,15 +69,8 @@ class Family:
 
     # ---- its pictures
 
-    def sample(
-        self,
-        model: nn.Module,
-        conditions: Mapping[str, Tensor],
-        null: Mapping[str, Tensor],
-        cfg_scale: float,
-        **options,
-    ) -> Tensor:
-        """[B, C, ...]; guided where there is something that stands for no condition."""
+    def sample(self, model: nn.Module, conditions: dict, null: dict, cfg_scale: float, **options) -> Tensor:
+        """[B, C, ...] for conditions [B, ...] by the model's arguments; guided by what `null` names, if anything."""
         return sample(model, conditions["y"], cfg_scale=cfg_scale if null else 1.0, **options)
 
 
@@ -98,14 +91,7 @@ class _SingleFamily(Family):
     def macs(self, model: nn.Module, grid: Grid | None, tokens: int | None) -> float:
         return model.macs(grid, tokens)
 
-    def sample(
-        self,
-        model: nn.Module,
-        conditions: Mapping[str, Tensor],
-        null: Mapping[str, Tensor],
-        cfg_scale: float,
-        **options,
-    ) -> Tensor:
+    def sample(self, model: nn.Module, conditions: dict, null: dict, cfg_scale: float, **options) -> Tensor:
         guidance = {"cfg_scale": cfg_scale, "unconditional": null} if null else {}
         return sample_conditional(model, conditions, **guidance, **options)
 
