@@ -5,8 +5,9 @@ import pytest
 import torch
 from family_cases import captions, clips, family_config, save, save_random
 from PIL import Image
+from training_cases import log_of
 
-from flexdit_ext.training import load_config, set_up
+from flexdit_ext.training import FINISHED, load_config, set_up, train
 from flexdit_ext.training._folders import ClipFolder
 from flexdit_ext.training._latents import Shards
 
@@ -117,9 +118,9 @@ def test_folders_of_clips(tmp_path):
     assert data.name(1).endswith("a/walk.gif") and data.__getitems__([2, 0])[1]["y"].tolist() == [1, 0]
     assert [shades(data, i) for i in range(3)] == [[4, 5, 6, 7], [0, 1, 2, 3], [1, 2, 3, 4]]
     assert [shades(ClipFolder(tmp_path, 3, 3, 8, step=2), i) for i in range(3)] == [[3, 5, 7], [0, 2, 4], [1, 3, 5]]
-    with pytest.raises(ValueError, match=r"walk\.gif has 5 frames, must have 7: a clip is 4 .*every 2"):
+    with pytest.raises(ValueError, match=r"walk\.gif has 5 frames, must have at least 7: 4 .*every 2"):
         ClipFolder(tmp_path, 1, 4, 8, step=2).__getitems__([1])
-    with pytest.raises(ValueError, match=r"a/run has 12 frames, must have 13: a clip is 13"):
+    with pytest.raises(ValueError, match=r"a/run has 12 frames, must have at least 13"):
         ClipFolder(tmp_path, 1, 13, 8)
     (tmp_path / "b" / "more" / "jump.webp").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"jump\.webp is not a readable image"):
@@ -127,6 +128,13 @@ def test_folders_of_clips(tmp_path):
     frame(0).save(tmp_path / "b" / "0.png")
     with pytest.raises(ValueError, match=r"b has pictures, must have a folder of them for each clip"):
         ClipFolder(tmp_path, 1, 4, 8)
+
+
+def test_training_takes_a_folder_of_clips(tmp_path):
+    changes = {"model": {"num_classes": 2}, "data": {"flip": True, "frame_step": 2, "workers": 1}, "batch_size": 3}
+    config = family_config(tmp_path / "run", "flexlatte", write_clips(tmp_path / "clips"), steps=2, **changes)
+    assert train(config) == FINISHED
+    assert 0 < log_of(config)[-1]["loss"] < 10
 
 
 def test_folders_are_for_labels(tmp_path):

@@ -1,5 +1,6 @@
 """examples/train_clips.toml and examples/train_captions.toml through the command line, with their logs and pictures."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from flexdit_ext import FlexLatte, FlexPixArt, sample_conditional
 from flexdit_ext.__main__ import main
 from flexdit_ext.training import load_average, set_up
 from flexdit_ext.training.log import read_log
-from flexdit_ext.training.pictures import sample_grid, shown_conditions, tile, tile_clips
+from flexdit_ext.training.pictures import animation, sample_grid, shown_conditions, tile, tile_clips
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -117,3 +118,11 @@ def test_tiles_of_clips():
     rising = pytest.approx([0, 42, 85, 128, 170, 212, 255], abs=1)
     assert [int(frame[0, 0, 0]) for frame in pictures.frames] == rising
     assert [255 - int(frame[65, 0, 0]) for frame in pictures.frames] == rising
+
+
+def test_animations_of_tall_grids():
+    """A WebP has at most 16,383 rows."""
+    with Image.open(io.BytesIO(animation([np.full((16400, 1, 3), shade, np.uint8) for shade in (0, 200)]))) as file:
+        assert file.size == (1, 16383) and file.n_frames == 2
+        file.seek(1)
+        assert file.convert("RGB").getpixel((0, 16382)) == (200, 200, 200)

@@ -129,8 +129,8 @@ class ClipFolder(_Folders):
         needed = (self.shape[1] - 1) * self.step + 1
         if count < needed:
             raise ValueError(
-                f"{file} has {count} frames, must have {needed}: a clip is {self.shape[1]} (model.num_frames), one of "
-                f"every {self.step} (data.frame_step)"
+                f"{file} has {count} frames, must have at least {needed}: {self.shape[1]} of them are taken, one of "
+                f"every {self.step}"
             )
         first = (count - needed) // 2
         return range(first, first + needed, self.step)

@@ -18,6 +18,7 @@ from .families import Family
 _ZOOM_BELOW = 32  # pixels: smaller samples are enlarged
 _STRIP = 4  # frames of a clip in the still picture
 _FRAME_MILLISECONDS = 125
+_MOST_PIXELS = 16383  # a side of a WebP
 
 
 class Pictures(NamedTuple):
@@ -93,10 +94,10 @@ def tile_clips(clips: Tensor, columns: int) -> Pictures:
 
 
 def animation(frames: list[np.ndarray]) -> bytes:
-    """An animated WebP file, without loss, of uint8 [H, W, 3] frames."""
+    """An animated WebP file, without loss, of uint8 [H, W, 3] frames, as much of them as it can hold."""
     from PIL import Image
 
-    first, *rest = map(Image.fromarray, frames)
+    first, *rest = (Image.fromarray(frame[:_MOST_PIXELS, :_MOST_PIXELS]) for frame in frames)
     file = io.BytesIO()
     first.save(
         file, "WEBP", save_all=True, append_images=rest, duration=_FRAME_MILLISECONDS, loop=0, lossless=True, method=0
