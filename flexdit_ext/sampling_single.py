@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from ._checks import check_count
 from ._requests import (
     check_cfg_scale,
     check_grids,
@@ -18,6 +19,7 @@ from ._requests import (
     progress_bar,
 )
 from .diffusion.samplers import make_sampler
+from .sampler import check_size
 from .sampling import _eval_mode, _walk
 from .single_model import FlexLatte, SingleFlexDiT
 
@@ -110,12 +112,13 @@ def _completed(unconditional, conditions: Mapping[str, Tensor], total: int) -> d
 
 def _shape(model: SingleFlexDiT, size, frames) -> tuple[int, ...]:
     config = model.config
-    height, width = (config.input_size,) * 2 if size is None else size
+    height, width = (config.input_size,) * 2 if size is None else check_size(size, config)
     if not isinstance(model, FlexLatte):
         if frames is not None:
             raise ValueError(f"frames is {frames}, a FlexPixArt makes images")
         return config.in_channels, height, width
-    return config.in_channels, config.num_frames if frames is None else frames, height, width
+    frames = config.num_frames if frames is None else check_count("frames", frames, 1, config.num_frames)
+    return config.in_channels, frames, height, width
 
 
 class _Denoiser:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,9 +10,8 @@ from torch import Tensor, nn
 
 from .. import blocks, single_blocks
 from .._arguments import Grid
-from .._checkpoint_single import build_single
-from .._config_file import read_config_text
-from ..checkpoint import build_model, load_pretrained, locate
+from .._checkpoint_single import build_single, class_of
+from ..checkpoint import build_model
 from ..model import FlexDiT
 from ..sampling import sample
 from ..sampling_single import sample_conditional
@@ -40,11 +38,8 @@ class Family:
 
     # ---- the model
 
-    def load(self, path: str) -> nn.Module:
-        """What save_pretrained wrote, float32 on the CPU."""
-        return load_pretrained(path, dtype=torch.float32)
-
     def build(self, config, tensors: Mapping[str, Tensor], source: str) -> nn.Module:
+        """The model with these tensors."""
         return build_model(config, tensors, source=source)
 
     # ---- its data
@@ -76,9 +71,6 @@ class Family:
 
 class _SingleFamily(Family):
     """Models whose blocks share one modulation; they take their conditions by name."""
-
-    def load(self, path: str) -> nn.Module:
-        return self.model.from_pretrained(path, dtype=torch.float32)
 
     def build(self, config, tensors: Mapping[str, Tensor], source: str) -> nn.Module:
         return build_single(self.model, config, tensors, None, None, source)
@@ -120,10 +112,5 @@ FAMILIES = {
 
 def family_of(path: str) -> Family:
     """Of the model that save_pretrained wrote; raises FileNotFoundError or ValueError as loading it does."""
-    text, source = read_config_text(locate(path))
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source} is not JSON: {error}") from error
-    name = values.get("_class_name") if isinstance(values, dict) else None
-    return next((family for family in FAMILIES.values() if family.model.__name__ == name), FAMILIES["flexdit"])
+    kind = class_of(path)
+    return next(family for family in FAMILIES.values() if family.model is kind)

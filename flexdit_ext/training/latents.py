@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +18,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .._files import all_or_nothing
+from .._text import TextEncoder
 from ..checkpoint import fsync
 from ..sampling import derive_seed, normal_noise
 from ._folders import ClipFolder, ImageFolder
-from ._text import TextEncoder, padded
 from .data import as_it_is
 
 _METADATA_KEY = "flexdit_latents"
@@ -93,7 +94,7 @@ def write_latents(
     missing = [(i, path) for i, path in mine if not _is_whole(path)]
     if missing:
         vae = load_vae(settings.vae).to(device)
-        encoder = TextEncoder(settings.text_encoder, settings.max_tokens, device) if data.captioned else None
+        encoder = TextEncoder(Path(settings.text_encoder), torch.device(device)) if data.captioned else None
         for i, path in tqdm(missing, unit="shard", disable=None):
             rows = range(i * settings.shard_size, min(count, (i + 1) * settings.shard_size))
             tensors = _encode(data, rows, settings, vae, device, workers)
@@ -159,13 +160,30 @@ def _encode(data, rows: range, settings: LatentSettings, vae, device, workers) -
 
 
 def _encode_texts(data, rows: range, settings: LatentSettings, encoder: TextEncoder) -> dict[str, Tensor]:
-    texts = [data.texts[row % len(data)] for row in rows]
+    """caption [n, L, D] with zeros behind the shorter ones, caption_mask [n, L], null_caption [L0, D]."""
     captions: list[Tensor] = []
-    for first in range(0, len(texts), settings.batch_size):
-        captions += encoder(texts[first : first + settings.batch_size])
-    tensors = padded(captions) | {"null_caption": encoder([""])[0]}
+    cut: list[str] = []
+    for first in range(0, len(rows), settings.batch_size):
+        batch = [row % len(data) for row in rows[first : first + settings.batch_size]]
+        names = [data.name(index) for index in batch]
+        states, masks = encoder(
+            [data.texts[index] for index in batch],
+            settings.max_tokens,
+            lambda number, message, names=names: cut.append(f"the text of {names[number]} {message}"),
+        )
+        captions += [state[mask].cpu() for state, mask in zip(states, masks)]
+    if cut:
+        others = f" (and {len(cut) - 1} others in this shard)" if len(cut) > 1 else ""
+        warnings.warn(f"{cut[0]}{others}", stacklevel=2)
+    states, masks = encoder([""], settings.max_tokens, lambda *_: None)
+    counts = torch.tensor([len(caption) for caption in captions])
     dtype = getattr(torch, settings.dtype)
-    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    padded = torch.nn.utils.rnn.pad_sequence(captions, batch_first=True)
+    return {
+        "caption": padded.to(dtype),
+        "caption_mask": torch.arange(padded.shape[1]) < counts[:, None],
+        "null_caption": states[0, masks[0]].cpu().to(dtype),
+    }
 
 
 def _normalisation(config, device) -> tuple[Tensor, Tensor]:

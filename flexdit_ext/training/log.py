@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from .._clips import write_clip
 from .._files import all_or_nothing, png, write_file
 from .config import LogSettings
-from .pictures import Pictures, animation
+from .pictures import FRAMES_PER_SECOND, Pictures
 
 LOG_NAME = "log.jsonl"
 # Dense bfloat16 TFLOP/s as NVIDIA's data sheets give them.
@@ -128,8 +129,8 @@ class RunLog:
         with self._forgiving():
             with all_or_nothing(self.path.parent / "samples") as folder:
                 write_file(folder / f"step-{step:08d}.png", png(pictures.still))
-                if pictures.frames:
-                    write_file(folder / f"step-{step:08d}.webp", animation(pictures.frames))
+                if pictures.frames is not None:
+                    write_clip(folder / f"step-{step:08d}.webp", pictures.frames, FRAMES_PER_SECOND, f"step {step}")
             if self._writer is not None:
                 self._writer.add_image("samples", pictures.still, step, dataformats="HWC")
                 self._writer.flush()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -17,16 +16,16 @@ from .families import Family
 
 _ZOOM_BELOW = 32  # pixels: smaller samples are enlarged
 _STRIP = 4  # frames of a clip in the still picture
-_FRAME_MILLISECONDS = 125
+FRAMES_PER_SECOND = 8
 _MOST_PIXELS = 16383  # a side of a WebP
 
 
 class Pictures(NamedTuple):
     """A sample grid, uint8 [height, width, 3], a clip in it as a strip of some of its frames; and of clips the grid at
-    every frame."""
+    every frame, [F, height, width, 3], as much of it as a WebP can hold."""
 
     still: np.ndarray
-    frames: list[np.ndarray]
+    frames: np.ndarray | None = None
 
 
 def shown_conditions(family: Family, data: Samples, config, count: int) -> dict[str, Tensor]:
@@ -73,14 +72,14 @@ def sample_grid(
     if decode is not None:
         images = torch.cat([decode(part) for part in images.split(size)])
     images = images.float().cpu()
-    return (
-        tile_clips(images.unflatten(0, (total, -1)), log.sample_columns) if clips else tile(images, log.sample_columns)
-    )
+    if clips:
+        return tile_clips(images.unflatten(0, (total, -1)), log.sample_columns)
+    return tile(images, log.sample_columns)
 
 
 def tile(images: Tensor, columns: int) -> Pictures:
     """[n, C, h, w] in rows of `columns`."""
-    return Pictures(arrange(list(_pixels(images)), columns), [])
+    return Pictures(arrange(list(_pixels(images)), columns))
 
 
 def tile_clips(clips: Tensor, columns: int) -> Pictures:
@@ -90,19 +89,8 @@ def tile_clips(clips: Tensor, columns: int) -> Pictures:
     pixels = pixels.reshape(count, frames, *pixels.shape[1:])
     chosen = np.unique(np.linspace(0, frames - 1, min(frames, _STRIP)).round().astype(int))
     strips = [arrange(list(clip[chosen]), len(chosen), gap=0) for clip in pixels]
-    return Pictures(arrange(strips, columns), [arrange(list(pixels[:, i]), columns) for i in range(frames)])
-
-
-def animation(frames: list[np.ndarray]) -> bytes:
-    """An animated WebP file, without loss, of uint8 [H, W, 3] frames, as much of them as it can hold."""
-    from PIL import Image
-
-    first, *rest = (Image.fromarray(frame[:_MOST_PIXELS, :_MOST_PIXELS]) for frame in frames)
-    file = io.BytesIO()
-    first.save(
-        file, "WEBP", save_all=True, append_images=rest, duration=_FRAME_MILLISECONDS, loop=0, lossless=True, method=0
-    )
-    return file.getvalue()
+    moving = np.stack([arrange(list(pixels[:, i]), columns) for i in range(frames)])
+    return Pictures(arrange(strips, columns), moving[:, :_MOST_PIXELS, :_MOST_PIXELS])
 
 
 def _pixels(images: Tensor) -> np.ndarray:

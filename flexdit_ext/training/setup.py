@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._arguments import check_grid
+from .._checkpoint_single import load_any
 from ..cli_convert import LAYOUT_FIELDS, parse_layout
 from ..config import FlexDiTConfig
 from ..convert import sparsify
@@ -139,7 +140,7 @@ def build_model(settings: ModelSettings, seed: int) -> nn.Module:
 def _from_checkpoint(settings: ModelSettings, family: Family) -> nn.Module:
     if settings.preset is not None:
         raise ValueError(f"checkpoint and preset {settings.preset!r} both given: the checkpoint says what it is")
-    model = family.load(settings.checkpoint)
+    model = load_any(settings.checkpoint, torch.float32)
     fields = dict(settings.config)
     if settings.layout is not None:
         layout = parse_layout(settings.layout)
@@ -158,7 +159,7 @@ def _load_teacher(config: TrainingConfig, family: Family, model) -> nn.Module | 
         return None
     if (other := family_of(path)) is not family:
         raise ValueError(f"distillation.teacher {path} is a {other.name}, the model a {family.name}: they must agree")
-    teacher = family.load(path)
+    teacher = load_any(path, torch.float32)
     for name in family.agree:
         ours, theirs = getattr(model, name), getattr(teacher.config, name)
         if ours != theirs:
