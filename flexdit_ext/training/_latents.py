@@ -51,7 +51,8 @@ class Shards(Samples):
     ):
         paths = sorted(path for path in root.iterdir() if path.suffix in (".safetensors", ".npz"))
         if not paths:
-            raise ValueError(f"data.path is {root}, which has no .safetensors or .npz files and no *_features folder")
+            other = " and no *_features folder" if tuple(names) == ("latents",) else ""
+            raise ValueError(f"data.path is {root}, which has no .safetensors or .npz files{other}")
         self.paths, self.conditions = paths, tuple(conditions)
         self._names, self._dims = tuple(names), dims
         shards = [self._open(path) for path in paths]
