@@ -44,7 +44,7 @@ def test_clips(tmp_path):
     model = FlexLatte.from_pretrained(folder / "model")
     assert all(model.macs((4, 2, 2)) <= line["macs_per_image"] <= model.macs((6, 3, 3)) for line in log)
     with Image.open(folder / "samples" / "step-00000004.png") as still:  # a strip of four frames for each clip
-        assert still.size == (3 * (4 * 32 + 2) - 2, 10 * 34 - 2)
+        assert still.size == (3 * (4 * 33 - 1 + 2) - 2, 10 * 34 - 2)
     with Image.open(folder / "samples" / "step-00000004.webp") as moving:
         assert moving.n_frames == 8 and moving.size == (3 * 34 - 2, 10 * 34 - 2)
 
@@ -112,8 +112,8 @@ def test_clips_are_decoded_frame_by_frame(tmp_path):
 def test_tiles_of_clips():
     clip = torch.linspace(-1, 1, 7).view(1, 7, 1, 1, 1).expand(1, 7, 1, 32, 32)
     pictures = tile_clips(torch.cat([clip, -clip]), columns=1)
-    assert pictures.still.shape == (66, 4 * 32, 3)
-    assert pictures.still[0, [0, 32, 64, 96], 0].tolist() == [0, 85, 170, 255]  # frames 0, 2, 4, 6
+    assert pictures.still.shape == (66, 4 * 33 - 1, 3)
+    assert pictures.still[0, [0, 33, 66, 99], 0].tolist() == [0, 85, 170, 255]  # frames 0, 2, 4, 6
     rising = pytest.approx([0, 42, 85, 128, 170, 212, 255], abs=1)
     assert [int(frame[0, 0, 0]) for frame in pictures.frames] == rising
     assert [255 - int(frame[65, 0, 0]) for frame in pictures.frames] == rising

@@ -88,7 +88,7 @@ def tile_clips(clips: Tensor, columns: int) -> Pictures:
     pixels = _pixels(clips.flatten(0, 1))
     pixels = pixels.reshape(count, frames, *pixels.shape[1:])
     chosen = np.unique(np.linspace(0, frames - 1, min(frames, _STRIP)).round().astype(int))
-    strips = [arrange(list(clip[chosen]), len(chosen), gap=0) for clip in pixels]
+    strips = [arrange(list(clip[chosen]), len(chosen), gap=1) for clip in pixels]
     moving = np.stack([arrange(list(pixels[:, i]), columns) for i in range(frames)])
     return Pictures(arrange(strips, columns), moving[:, :_MOST_PIXELS, :_MOST_PIXELS])
 
