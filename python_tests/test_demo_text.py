@@ -242,9 +242,9 @@ def test_t5_encodes_as_transformers_does_and_once(module, tiny_t5):
         with torch.no_grad():
             alone = model(**tokenizer(caption, return_tensors="pt")).last_hidden_state[0]
         torch.testing.assert_close(row[kept], alone, rtol=1e-4, atol=1e-5)
-    encoder._model = None  # a second time nothing is computed
+    encoder._encoder = None  # a second time nothing is computed
     torch.testing.assert_close(encoder(captions[:1])[0], output[:1, :4])
-    with pytest.raises(ValueError, match="has 177 tokens, must have 1 to 120"):
+    with pytest.raises(ValueError, match="has 177 tokens, the model reads 48"):
         module("encoders").T5Encoder(tiny_t5)(["three," * 30])
 
 

@@ -15,6 +15,8 @@ from captions.wording import check_words, split_words
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from flexdit_ext._text import TextEncoder
+
 CONFIG_NAME, WEIGHTS_NAME = "text_encoder.json", "text_encoder.safetensors"
 
 
@@ -79,25 +81,23 @@ class WordEncoder(nn.Module):
 
 
 class T5Encoder:
-    """transformers' T5 encoder from a local folder, frozen; a caption is encoded once.
+    """The library's T5 encoder, frozen; a caption is encoded once.
 
-    directory: of T5EncoderModel's and the tokenizer's save_pretrained. Raises ImportError without transformers,
-    NotADirectoryError, and what transformers raises for a folder it cannot read.
+    directory: as for `flexdit sample --text-encoder`. Raises ImportError without transformers, NotADirectoryError, and
+    ValueError naming a folder that cannot be loaded.
     """
 
-    def __init__(self, directory: Path, max_tokens: int = 120):
+    def __init__(self, directory: Path, max_tokens: int = 48):
         try:
-            from transformers import AutoTokenizer, T5EncoderModel
+            import transformers  # noqa: F401
         except ImportError as error:
             raise ImportError("a T5 text encoder needs transformers: pip install 'flexdit_ext[text]'") from error
         if not directory.is_dir():
             raise NotADirectoryError(f"the text encoder {directory} is not a folder")
         self.directory, self.max_tokens = directory, max_tokens
-        self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        self._model = T5EncoderModel.from_pretrained(directory, local_files_only=True, dtype=torch.float32)
-        self._model.eval().requires_grad_(False)
-        self.channels: int = self._model.config.d_model
+        self._encoder = TextEncoder(directory, torch.device("cpu"))
         self._encoded: dict[str, Tensor] = {}  # caption -> [tokens, channels]
+        self.channels: int = self([""])[0].shape[-1]
 
     def __deepcopy__(self, memo) -> T5Encoder:
         return self  # frozen: the average's and the fork's are the same
@@ -105,19 +105,15 @@ class T5Encoder:
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """[B, L, channels] and the mask [B, L]. Raises ValueError for a caption that is too long."""
         if new := [caption for caption in dict.fromkeys(captions) if caption not in self._encoded]:
-            self._encode(new)
+
+            def refuse(number: int, text: str) -> None:
+                raise ValueError(f"the caption {new[number]!r} {text}")
+
+            output, mask = self._encoder(new, self.max_tokens, refuse)
+            for caption, row, kept in zip(new, output.float(), mask, strict=True):
+                self._encoded[caption] = row[kept].clone()
         rows = [self._encoded[caption] for caption in captions]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True), _mask([len(row) for row in rows])
-
-    @torch.no_grad()
-    def _encode(self, captions: list[str]) -> None:
-        inputs = self._tokenizer(captions, padding=True, return_tensors="pt")
-        for caption, count in zip(captions, inputs.attention_mask.sum(1).tolist(), strict=True):
-            if not 1 <= count <= self.max_tokens:
-                raise ValueError(f"the caption {caption!r} has {count} tokens, must have 1 to {self.max_tokens}")
-        output = self._model(inputs.input_ids, inputs.attention_mask).last_hidden_state
-        for caption, row, mask in zip(captions, output, inputs.attention_mask.bool(), strict=True):
-            self._encoded[caption] = row[mask].clone()
 
     def save(self, folder: Path) -> None:
         """text_encoder.json, which names T5's folder; the weights stay there."""
