@@ -19,13 +19,15 @@ Draw = Callable[[int, torch.Generator], tuple[Tensor, Mapping[str, Tensor]]]
 
 @dataclass(frozen=True)
 class Models:
-    """The two models of a demo: their class, their configurations, and what the report calls them."""
+    """The two models of a demo: their class, their configurations, and what the report calls them; initialise: changes
+    the dense model's random weights before training."""
 
     kind: type[nn.Module]
     dense: object
     sparse: object
     dense_name: str
     sparse_name: str
+    initialise: Callable[[nn.Module], None] | None = None
 
     @property
     def key(self) -> str:
@@ -67,6 +69,8 @@ class Trainer:
     def dense(cls, models: Models, settings: TrainingSettings) -> Trainer:
         torch.manual_seed(settings.seed)
         model = models.kind(models.dense)
+        if models.initialise:
+            models.initialise(model)
         return cls(model, copy.deepcopy(model), settings)
 
     def to_sparse(self, models: Models) -> Trainer:
