@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -79,7 +79,7 @@ class CaptionedPixArt(nn.Module):
 class CaptionedModels(Models):
     """encoder: makes the dense model's; the FlexPixArt starts with a copy of what that has learned."""
 
-    encoder: Callable[[], WordEncoder | T5Encoder]
+    encoder: Callable[[], WordEncoder | T5Encoder] = field(kw_only=True)
 
     def new_dense(self) -> CaptionedPixArt:
         return CaptionedPixArt(FlexPixArt(self.dense), self.encoder())
@@ -105,4 +105,4 @@ def make_models(encoder: Callable[[], WordEncoder | T5Encoder]) -> CaptionedMode
     sparse = FlexPixArtConfig(
         **common, num_pooling_blocks=1, num_sdtm=1, sdtm_blocks=(1, 2, 1, 1), num_dense_blocks=2, schedule=SCHEDULE
     )
-    return CaptionedModels(CaptionedPixArt, dense, sparse, "dense PixArt", "FlexPixArt", encoder)
+    return CaptionedModels(CaptionedPixArt, dense, sparse, "dense PixArt", "FlexPixArt", encoder=encoder)

@@ -14,7 +14,7 @@ from captions.models import CaptionedPixArt, make_models
 from captions.pictures import save_captioned
 from captions.report import judge, to_markdown
 from common.demo import Demo
-from common.report import count_macs, write_report
+from common.report import count_macs
 from common.sampling import sample_in_turn
 from common.training import TrainingSettings
 from digits.metrics import compare_distances
@@ -104,11 +104,7 @@ class CaptionsDemo(Demo):
         results |= {"caption_tokens": tokens, "images_per_second": rates}
         results |= self.conditions(settings.training, settings.sampling)
         results |= {"text_encoder": "T5" if settings.text_encoder else "words"}
-        results["targets"] = judge(results) if settings.judged else {}
-        text = to_markdown(results)
-        write_report(self.directory, results, text)
-        print("\n" + text)
-        return results
+        return self.finish(results, judge if settings.judged else None, to_markdown)
 
     def _save_picture(self, path: Path, images: Tensor, captions: Sequence[str], classifier: DigitClassifier) -> None:
         seen = read(images, classifier, self.captions.thresholds)

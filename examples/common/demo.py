@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from common.pictures import save_loss_curves
-from common.report import hardware
+from common.report import hardware, write_report
 from common.training import Draw, Models, Trainer, TrainingSettings
 
 
@@ -58,6 +58,14 @@ class Demo:
             "sampling": dataclasses.asdict(sampling),
             "seconds": self.seconds | {"total": sum(self.seconds.values())},
         }
+
+    def finish(self, results: dict, judge: Callable[[dict], dict] | None, to_markdown: Callable[[dict], str]) -> dict:
+        """Adds "targets", what `judge` makes of the results (None: nothing is judged), writes and prints the report."""
+        results = results | {"targets": judge(results) if judge else {}}
+        text = to_markdown(results)
+        write_report(self.directory, results, text)
+        print("\n" + text)
+        return results
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -20,13 +20,15 @@ Draw = Callable[[int, torch.Generator], tuple[Tensor, Mapping]]
 
 @dataclass(frozen=True)
 class Models:
-    """The two models of a demo: their class, their configurations, and what the report calls them."""
+    """The two models of a demo: their class, their configurations, and what the report calls them; initialise: changes
+    the dense model's random weights before training."""
 
     kind: type[nn.Module]
     dense: object
     sparse: object
     dense_name: str
     sparse_name: str
+    initialise: Callable[[nn.Module], None] | None = None
 
     @property
     def key(self) -> str:
@@ -34,7 +36,10 @@ class Models:
         return self.sparse_name.lower()
 
     def new_dense(self) -> nn.Module:
-        return self.kind(self.dense)
+        model = self.kind(self.dense)
+        if self.initialise:
+            self.initialise(model)
+        return model
 
     def to_sparse(self, dense: nn.Module) -> nn.Module:
         """The sparse model, initialised from the dense one as in the paper."""

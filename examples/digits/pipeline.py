@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from common.demo import Demo
-from common.report import count_macs, write_report
+from common.report import count_macs
 from common.training import Draw, TrainingSettings
 from digits.images import save_digit_grid
 from digits.metrics import compare_distances
@@ -73,11 +73,7 @@ class DigitsDemo(Demo):
             results = self._measure(classifier, digits, images)
         results |= {"macs": count_macs(MODELS, dense, flexdit), "images_per_second": rates}
         results |= self.conditions(settings.training, settings.sampling)
-        results["targets"] = judge(results) if settings.judged else {}
-        text = to_markdown(results)
-        write_report(self.directory, results, text)
-        print("\n" + text)
-        return results
+        return self.finish(results, judge if settings.judged else None, to_markdown)
 
     def _measure(self, classifier: DigitClassifier, digits: DigitSplit, images: dict[str, Tensor]) -> dict:
         labels = self.settings.sampling.labels

@@ -47,7 +47,7 @@ class Judges(NamedTuple):
         return {name: right.double().mean().item() for name, right in rights.items()}
 
 
-def train_judges(images: Tensor, digits: Tensor, steps: int, seed: int, batch_size: int = 48) -> Judges:
+def train_judges(images: Tensor, digits: Tensor, steps: int, seed: int, batch_size: int = 32) -> Judges:
     """Cross-entropy, AdamW, one-cycle learning rate, on clips of `images` [m, 1, 8, 8] rendered as they are needed.
     Returned in eval mode. Sets torch's seed."""
     torch.manual_seed(seed)  # initial weights and dropout

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from common.demo import Demo
-from common.report import count_macs, write_report
+from common.report import count_macs
 from common.training import Draw, TrainingSettings
 from torch import Tensor
 from video.judges import Judges, train_judges
@@ -74,11 +74,7 @@ class VideoDemo(Demo):
             results = self._measure(judges, digits, clips)
         results |= {"macs": count_macs(MODELS, dense, flexlatte), "clips_per_second": rates}
         results |= self.conditions(settings.training, settings.sampling)
-        results["targets"] = judge(results) if settings.judged else {}
-        text = to_markdown(results)
-        write_report(self.directory, results, text)
-        print("\n" + text)
-        return results
+        return self.finish(results, judge if settings.judged else None, to_markdown)
 
     def _save_pictures(self, clips: dict[str, Tensor]) -> None:
         labels = self.settings.sampling.labels
@@ -105,9 +101,9 @@ class VideoDemo(Demo):
 
 def make_settings(steps: int, fork_step: int, seed: int, quick: bool) -> DemoSettings:
     """quick: every line runs, on so few steps and samples that nothing can be learned."""
-    training = TrainingSettings(steps, fork_step, seed, batch_size=8 if quick else 32)
+    training = TrainingSettings(steps, fork_step, seed, batch_size=8 if quick else 16)
     sampling = SamplingSettings(1 if quick else 8, steps=2 if quick else 25, seed=seed)
-    return DemoSettings(10 if quick else 600, training, sampling, judged=not quick)
+    return DemoSettings(10 if quick else 500, training, sampling, judged=not quick)
 
 
 def run_demo(arguments: argparse.Namespace) -> bool:
