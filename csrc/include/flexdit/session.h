@@ -70,7 +70,7 @@ struct SampleRequest {
 struct SessionOptions {
   int64_t max_batch = 64;         // requests that advance together; the others wait
   int64_t queue_capacity = 1024;  // requests that may wait
-  int64_t guided_channels = 0;    // 0: DiT's min(3, in_channels)
+  int64_t guided_channels = 0;    // 0: DiT's min(3, in_channels), in other families all
   // Modulations are computed ahead, for as many steps as fit into this.
   int64_t modulation_bytes = int64_t{256} << 20;
 };
