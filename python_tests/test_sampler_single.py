@@ -24,8 +24,9 @@ from flexdit_ext import DensitySchedule, FlexLatte, Sampler, _block_ops, sample_
 SAMPLERS = ("ddim", "ddpm", "dpmpp", "flow", "heun")
 CLIPS = [name for name in CONFIGS if "clip" in name]
 SCALES = [2.5, 1.0, 0.0]
-EVERY = {name: {"sampler": name, "steps": 3} for name in SAMPLERS} | {
-    f"guided {name}": {"sampler": name, "steps": 3, "cfg_scale": SCALES, "seed": 3} for name in SAMPLERS
+# One sample of the three is not guided.
+EVERY = {f"guided {name}": {"sampler": name, "steps": 3, "cfg_scale": SCALES, "seed": 3} for name in SAMPLERS} | {
+    "plain": {"steps": 2}
 }
 OPTIONS = {
     "eta": {"steps": "ddim4", "eta": 0.6},
@@ -168,6 +169,15 @@ def test_null_captions_for_each_sample():
         {"null_caption": padded, "null_caption_mask": there},
     ):
         assert error_of(sampler.sample(**conditions, **null, **run), expected) <= 1e-5
+
+
+def test_labels_without_a_null_class_stay():
+    overrides, run = {"class_dropout_prob": 0.0}, {"steps": 2, "cfg_scale": 2.0}
+    conditions = conditions_of("clip of both") | {"y": torch.tensor([0, 4, 3])}
+    null = {key: value for key, value in null_of("clip of both").items() if key != "y"}
+    expected = sample_conditional(model_of("clip of both", **overrides), conditions, unconditional=null, **run)
+    sampler = sampler_of("clip of both", **overrides)
+    assert error_of(sampler.sample(**conditions, **null_caption_of("clip of both"), **run), expected) <= 1e-5
 
 
 def test_arrays_of_other_libraries_and_dtypes():
