@@ -72,31 +72,40 @@ def _parts(folder: Path) -> tuple[Path, Path]:
     return folder, folder
 
 
-@torch.no_grad()
+class TextEncoder:
+    """A T5 encoder with its tokenizer. Nothing is fetched from a network. Raises ValueError naming the folder where it
+    cannot be loaded."""
+
+    def __init__(self, folder: Path, device: torch.device):
+        self._tokenizer, self._encoder = _load(folder, device)
+        self._device = device
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str], length: int, warn: Callable[[int, str], None]) -> tuple[Tensor, Tensor]:
+        """The last hidden state [N, L, C] for the texts, lower case and without space at their ends as diffusers'
+        PixArt and Latte pipelines take them, and its mask [N, L] bool. Tokens beyond `length` are cut off, and `warn`
+        is told the text's number and what is left out."""
+        texts = [text.lower().strip() for text in texts]
+        with _quietly():
+            for number, ids in enumerate(self._tokenizer(texts).input_ids):
+                if len(ids) > length:
+                    rest = self._tokenizer.decode(ids[length - 1 : -1])  # the last one ends every text
+                    warn(number, f"has {len(ids)} tokens, the model reads {length}, left out is: {rest}")
+            options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+            tokens = self._tokenizer(texts, **options)
+        ids, mask = tokens.input_ids.to(self._device), tokens.attention_mask.to(self._device)
+        states = [
+            self._encoder(input_ids=ids[i : i + _BATCH], attention_mask=mask[i : i + _BATCH]).last_hidden_state
+            for i in range(0, len(texts), _BATCH)
+        ]
+        return torch.cat(states), mask.bool()
+
+
 def encode(
     folder: Path, texts: Sequence[str], length: int, device: torch.device, warn: Callable[[int, str], None]
 ) -> tuple[Tensor, Tensor]:
-    """The last hidden state [N, L, C] of a T5 encoder for the texts, lower case and without space at their ends as
-    diffusers' PixArt and Latte pipelines take them, and its mask [N, L] bool. Tokens beyond `length` are cut off, and
-    `warn` is told the text's number and what is left out. Nothing is fetched from a network.
-
-    Raises ValueError naming the folder where it cannot be loaded.
-    """
-    tokenizer, encoder = _load(folder, device)
-    texts = [text.lower().strip() for text in texts]
-    with _quietly():
-        for number, ids in enumerate(tokenizer(texts).input_ids):
-            if len(ids) > length:
-                rest = tokenizer.decode(ids[length - 1 : -1])  # the last one ends every text
-                warn(number, f"has {len(ids)} tokens, the model reads {length}, left out is: {rest}")
-        options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
-        tokens = tokenizer(texts, **options)
-    ids, mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
-    states = [
-        encoder(input_ids=ids[i : i + _BATCH], attention_mask=mask[i : i + _BATCH]).last_hidden_state
-        for i in range(0, len(texts), _BATCH)
-    ]
-    return torch.cat(states), mask.bool()
+    """What the TextEncoder in a folder makes of the texts."""
+    return TextEncoder(folder, device)(texts, length, warn)
 
 
 def _load(folder: Path, device: torch.device):

@@ -1,5 +1,7 @@
 """diffusers' PixArt and Latte to and from ours: outputs and gradients against diffusers' own forward."""
 
+import dataclasses
+
 import pytest
 import torch
 from helpers import relative_error
@@ -119,6 +121,26 @@ def test_layout_takes_the_dense_blocks(make, there):
     assert set(report.initialised) == {
         f"sdtm.0.recovery.0.from_{n}" for n in ("sparse.weight", "sparse.bias", "dense.weight", "dense.bias")
     }
+
+
+@pytest.mark.parametrize("make, there", [(pixart, "from_pixart"), (latte, "from_latte")])
+def test_sparsify_is_the_converters_layout(make, there):
+    dense, expected = getattr(convert, there)(make()), getattr(convert, there)(make(), **LAYOUT)
+    model = convert.sparsify(dense, expected.config)
+    assert type(model) is type(expected) and model.config == expected.config and not model.training
+    assert model.state_dict().keys() == expected.state_dict().keys()
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_sparsify_refusals():
+    dense = convert.from_latte(latte())
+    sparse = dataclasses.replace(dense.config, **LAYOUT)
+    with pytest.raises(ValueError, match="differ in num_frames 4 and 8, depth 6 and 11"):
+        convert.sparsify(dense, dataclasses.replace(sparse, num_frames=8, num_dense_blocks=6))
+    with pytest.raises(ValueError, match="the dense model has pooling blocks or SDTMs"):
+        convert.sparsify(FlexLatte(sparse), sparse)
+    with pytest.raises(TypeError, match="dense_model is a FlexLatte, which has no FlexPixArtConfig"):
+        convert.sparsify(dense, convert.from_pixart(pixart()).config)
 
 
 def test_refusals():
