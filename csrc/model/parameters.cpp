@@ -154,20 +154,6 @@ std::vector<BlockKind> model_blocks(const Config& c) {
   return kinds;
 }
 
-DensitySchedule default_schedule(const Config& c, Grid dense) {
-  if (c.family == ModelFamily::dit) throw ArgumentError("config has no schedule, and FlexDiT has no default one");
-  const bool latte = c.family == ModelFamily::latte;
-  // For 16 tokens, or frames, a side.
-  std::vector<Grid> grids = {{16, 11, 11}, {16, 9, 9}, {16, 8, 8}, {16, 7, 7}};
-  if (latte) grids = {{8, 6, 6}, {6, 6, 6}, {4, 6, 6}, {4, 6, 6}};
-  const auto scaled = [](int32_t part, int32_t side) {  // halves to even, as Python rounds
-    return std::max(1, static_cast<int32_t>(std::nearbyint(double(part) * side / 16)));
-  };
-  for (Grid& g : grids)
-    g = {scaled(g.frames, dense.frames), scaled(g.height, dense.height), scaled(g.width, dense.width)};
-  return DensitySchedule(std::move(grids));
-}
-
 int64_t model_macs(const Config& c, Grid sparse) { return Macs(c, sparse).all(); }
 
 }  // namespace flexdit

@@ -187,9 +187,11 @@ int64_t SamplingModel::null_label() const { return prepared_->null_label; }
 const Execution& SamplingModel::execution() const { return prepared_->exec; }
 
 std::shared_ptr<const SamplingModel> prepare_sampling(const Checkpoint& checkpoint, const Execution& exec) {
+  std::optional<DensitySchedule> schedule;
+  if (checkpoint.names_schedule || checkpoint.config.family == ModelFamily::dit) schedule = checkpoint.schedule;
   return std::make_shared<SamplingModel>(
       SamplingModelOptions{.config = checkpoint.config,
-                           .schedule = checkpoint.schedule,
+                           .schedule = schedule,
                            .parameters = checkpoint.parameters,
                            .dtype = checkpoint.dtype,
                            .null_label = checkpoint.has_null_class ? checkpoint.num_classes : -1,
