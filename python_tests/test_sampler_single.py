@@ -18,7 +18,6 @@ from single_sampling import (
     null_of,
     sampler_of,
 )
-from test_single_model import make
 
 from flexdit_ext import DensitySchedule, FlexLatte, Sampler, _block_ops, sample_conditional
 
@@ -245,24 +244,37 @@ def test_adapters_are_merged(name):
 
 # ---- on the CUDA kernels --------------------------------------------------------------------------------------------
 
-CUDA_BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 0.2, torch.float16: 2e-2}
-CUDA_RUNS = {
-    "guided": {"sampler": "ddpm", "steps": 2, "cfg_scale": SCALES},
-    "interval, other size": {"steps": 2, "cfg_scale": 3.0, "guidance_interval": (400, 1000), "size": (4, 12)},
-}
+# Against Python's in float64 with the same weights; beside them the worst on the emulator, 2026-11-30.
+CUDA_BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 1e-2}  # 8.5e-7, 1.7e-2, 2.0e-3
+GUIDED = {"sampler": "ddpm", "steps": 2, "cfg_scale": SCALES}
+INTERVAL = {"steps": 2, "cfg_scale": 3.0, "guidance_interval": (400, 1000), "size": (4, 12)}
+CUDA_RUNS = [
+    ("pixart with sizes", torch.float32, GUIDED),
+    ("pixart with sizes", torch.float16, INTERVAL),
+    ("clip of both", torch.float32, INTERVAL | {"frames": 3}),
+    ("clip of both", torch.bfloat16, GUIDED),
+    ("class clip", torch.float32, GUIDED | {"sampler": "heun"}),
+]
+
+
+@pytest.fixture(scope="module")
+def cuda_expected():
+    """Computed on the CPU, before a test sends everything elsewhere."""
+    expected = []
+    for name, dtype, run in CUDA_RUNS:
+        model = copy.deepcopy(model_of(name, dtype)).double()
+        rounded = [
+            {key: value.to(dtype).double() if key == "caption" else value for key, value in values(name).items()}
+            for values in (conditions_of, null_of)
+        ]
+        expected.append(sample_conditional(model, rounded[0], unconditional=rounded[1], **run))
+    return expected
 
 
 @pytest.mark.parametrize("backend", CUDA, indirect=True)
-@pytest.mark.parametrize("run", CUDA_RUNS)
-@pytest.mark.parametrize("dtype", CUDA_BOUNDS, ids=short)
-@pytest.mark.parametrize("name", ["pixart with sizes", "clip of both"])
-def test_cuda_images(name, dtype, run, device):
-    """Against the reference in float64 with the same weights."""
-    model, _ = make(CONFIGS[name], dtype)
-    actual = actual_of(name, dtype, CUDA_RUNS[run], Sampler(copy.deepcopy(model).to(device)))
+@pytest.mark.parametrize("case", range(len(CUDA_RUNS)))
+def test_cuda_images(case, cuda_expected, device):
+    name, dtype, run = CUDA_RUNS[case]
+    actual = actual_of(name, dtype, run, Sampler(copy.deepcopy(model_of(name, dtype)).to(device)))
     assert actual.dtype == dtype and actual.device.type == device.type
-    double = copy.deepcopy(model).double()
-    conditions = {k: v.to(dtype).double() if k == "caption" else v for k, v in conditions_of(name).items()}
-    null = {k: v.to(dtype).double() if k == "caption" else v for k, v in null_of(name).items()}
-    expected = sample_conditional(double, conditions, unconditional=null, **CUDA_RUNS[run])
-    assert error_of(actual, expected) <= CUDA_BOUNDS[dtype]
+    assert error_of(actual, cuda_expected[case]) <= CUDA_BOUNDS[dtype]
