@@ -37,9 +37,9 @@ SETTINGS = (
 DESCRIPTION = f"""\
 Draws images of labels with a FlexDiT, images of prompts with a FlexPixArt, clips of labels or prompts with a FlexLatte,
 from save_pretrained's folder, in C++ from the first step to the last (flexdit_ext.Sampler). Writes 00000_LABEL.png,
-00001_LABEL.png, ... (of prompts 00000.png, clips as .gif, .webp or .mp4) and grid.png (of the first {GRID_IMAGES} images or
-first frames) into --out, all of them or none. Latents go through the autoencoder of --vae; without it a model of 1 or 3
-channels draws pixels, and any other's latents are written as they are.
+00001_LABEL.png, ... (of prompts 00000.png, clips as .gif, .webp or .mp4) and grid.png (of the first {GRID_IMAGES}
+images or first frames) into --out, all of them or none. Latents go through the autoencoder of --vae; without it a model
+of 1 or 3 channels draws pixels, and any other's latents are written as they are.
 
 Prompts are read as diffusers' pipelines read them: in lower case, by a T5 encoder; what is longer than the model's
 captions is cut off, and a warning says so. Nothing is fetched from a network for them."""

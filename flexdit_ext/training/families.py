@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import blocks, single_blocks
 from .._arguments import Grid
-from .._checkpoint_single import build_single, class_of
+from .._checkpoint_single import build_single, class_and_config
 from ..checkpoint import build_model
 from ..model import FlexDiT
 from ..sampling import sample
@@ -112,5 +112,5 @@ FAMILIES = {
 
 def family_of(path: str) -> Family:
     """Of the model that save_pretrained wrote; raises FileNotFoundError or ValueError as loading it does."""
-    kind = class_of(path)
+    kind, _ = class_and_config(path)
     return next(family for family in FAMILIES.values() if family.model is kind)

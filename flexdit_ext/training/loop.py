@@ -186,7 +186,8 @@ class Trainer:
             return None
         self.parallel.on_main(lambda: checkpoints.prune(root, self.config.checkpoint.keep))
         state = checkpoints.read_state(path)
-        if changes := changed_keys(state["config"], self.config.to_dict()):
+        saved = TrainingConfig.from_dict(state["config"]).to_dict()  # defaults for keys that an older version had not
+        if changes := changed_keys(saved, self.config.to_dict()):
             raise ValueError(
                 f"output {self.folder} holds a run of another configuration ({'; '.join(changes)}); take another output"
                 f", or change only {', '.join(FREE_PATHS + FREE_TABLES)} and steps"
