@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
+from ._conditions import check_frames, check_size
 from ._requests import (
-    check_cfg_scale,
     check_grids,
     check_guidance_channels,
     check_int,
     check_interval,
+    check_scales,
     check_seeds,
     progress_bar,
 )
@@ -61,7 +61,7 @@ def sample_conditional(
     config, weight = model.config, model.patch_embed.weight
     total = _check_conditions("conditions", conditions)
     walker = make_sampler(sampler, steps, eta, clip_x0)
-    scales = check_cfg_scale(cfg_scale, total, SimpleNamespace(class_dropout_prob=1.0))  # any model can be guided
+    scales = check_scales(cfg_scale, total)
     if scales is not None and unconditional is None:
         raise ValueError(f"cfg_scale is {cfg_scale}, guidance needs unconditional")
     interval = check_interval(guidance_interval)
@@ -110,12 +110,10 @@ def _completed(unconditional, conditions: Mapping[str, Tensor], total: int) -> d
 
 def _shape(model: SingleFlexDiT, size, frames) -> tuple[int, ...]:
     config = model.config
-    height, width = (config.input_size,) * 2 if size is None else size
-    if not isinstance(model, FlexLatte):
-        if frames is not None:
-            raise ValueError(f"frames is {frames}, a FlexPixArt makes images")
-        return config.in_channels, height, width
-    return config.in_channels, config.num_frames if frames is None else frames, height, width
+    height, width = (config.input_size,) * 2 if size is None else check_size(size, config)
+    frames = check_frames(config, frames) or config.num_frames
+    clip = (frames,) if isinstance(model, FlexLatte) else ()
+    return (config.in_channels, *clip, height, width)
 
 
 class _Denoiser:

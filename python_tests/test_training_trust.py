@@ -1,5 +1,6 @@
 """Runs that are killed, terminated, damaged, out of disk or out of numbers."""
 
+import dataclasses
 import os
 import random
 import resource
@@ -26,6 +27,7 @@ from training_cases import (
 
 from flexdit_ext import FlexDiT
 from flexdit_ext.training import FINISHED, TERMINATED, Trainer, TrainingError, load_average, train
+from flexdit_ext.training import state as checkpoints
 from flexdit_ext.training.state import verify
 
 
@@ -239,3 +241,18 @@ def test_resumed_with_another_configuration(tmp_path, whole):
     with pytest.raises(ValueError, match=r"seed: 0 -> 1; optimizer.eps|optimizer.eps: 1e-08 -> 1e-06; seed: 0 -> 1"):
         Trainer(make_config(tmp_path / "run", seed=1, optimizer={"eps": 1e-6}))
     assert Trainer(make_config(tmp_path / "run", steps=20, log={"every": 1})).step == 12
+
+
+def test_a_run_of_an_older_version_goes_on(whole, tmp_path, monkeypatch):
+    shutil.copytree(whole.output, tmp_path / "run")
+    read_state = checkpoints.read_state
+
+    def without_later_keys(path):
+        state = read_state(path)
+        del state["config"]["data"]["frame_step"], state["config"]["model"]["family"]
+        return state
+
+    monkeypatch.setattr(checkpoints, "read_state", without_later_keys)
+    trainer = Trainer(dataclasses.replace(whole, output=str(tmp_path / "run")))
+    trainer.close()
+    assert trainer.step == 12

@@ -173,6 +173,37 @@ OpCase attention_case(const Batch& batch, int64_t c, int64_t num_heads) {
   return o;
 }
 
+// Keys as they lie in slots: apart, in any order, and two samples' the same.
+OpCase apart_case(int64_t c, int64_t num_heads) {
+  const Batch batch = kRagged;
+  OpCase o{.op = "attention",
+           .variant = "keys apart C=" + std::to_string(c),
+           .inputs = {{"q", batch.rows(), c, false, true}, {"k", 11, c, false}, {"v", 11, c, false}},
+           .outputs = {{"out", batch.rows(), c, false}}};
+  static const std::vector<LayoutRow> table = {
+      {7, {1, 1, 3}}, {0, {1, 1, 2}}, {7, {1, 1, 3}}, {3, {1, 2, 2}}, {11, {0, 0, 0}}};
+  o.naive = [=](const std::vector<Values>& in) {
+    naive::Grids grids;
+    Values k(0, c), v(0, c);
+    for (size_t b = 0; b + 1 < table.size(); ++b) {
+      grids.push_back(table[b].grid);
+      for (auto [to, from] : {std::pair(&k, &in[1]), std::pair(&v, &in[2])}) {
+        const Values rows = rows_of(*from, table[b].offset, table[b].grid.tokens());
+        to->v.insert(to->v.end(), rows.v.begin(), rows.v.end()), to->rows += rows.rows;
+      }
+    }
+    return std::vector{naive::attention(in[0], k, v, batch.dense, grids, num_heads)[0]};
+  };
+  o.forward = [=](const Views& in, const Views& out, const Execution& exec) {
+    const CaseLayout layout_q = batch.layout();
+    Attention a{
+        .q = in[0], .k = in[1], .v = in[2], .layout_q = layout_q.view(), .layout_k = {table.data(), batch.size()}};
+    a.num_heads = num_heads, a.out = out[0];
+    attention(a, exec);
+  };
+  return o;
+}
+
 OpCase patch_case(const Batch& batch, int64_t channels, int64_t patch, bool channels_last, bool to_rows) {
   const int64_t rows = batch.rows(), cols = channels * patch * patch;
   const Field image{"image", 1, rows * cols, false, true}, matrix{"rows", rows, cols, false, true};
@@ -226,6 +257,26 @@ OpCase label_case(int64_t c) {
   return o;
 }
 
+OpCase tables_case(int64_t rows, int64_t width, int64_t count, bool own_tables) {
+  OpCase o{.op = "add_tables",
+           .variant = std::to_string(rows) + "x" + std::to_string(width) + "x" + std::to_string(count) +
+                      (own_tables ? " own" : ""),
+           .inputs = {{"x", rows, width, false, true}, {"table", own_tables ? rows * count : count, width, false}},
+           .outputs = {{"out", rows, count * width, false}}};
+  o.naive = [=](const std::vector<Values>& in) {
+    Values out(rows, count * width);
+    for (int64_t b = 0; b < rows; ++b)
+      for (int64_t k = 0; k < count; ++k)
+        for (int64_t j = 0; j < width; ++j)
+          out(b, k * width + j) = in[0](b, j) + in[1](own_tables ? b * count + k : k, j);
+    return std::vector{out};
+  };
+  o.forward = [=](const Views& in, const Views& out, const Execution& exec) {
+    add_tables({.x = in[0], .table = in[1], .out = out[0], .own_tables = own_tables}, exec);
+  };
+  return o;
+}
+
 }  // namespace
 
 std::vector<OpCase> linear_cases() {
@@ -258,6 +309,8 @@ std::vector<OpCase> end_cases() {
       cases.insert(cases.end(), {patch_case(kRagged, 4, 2, last, to_rows), patch_case(kVideo, 3, 1, last, to_rows),
                                  patch_case(kOneSample, 1, 3, last, to_rows)});
   for (const int64_t c : {7, 48, 1152}) cases.push_back(label_case(c));
+  for (const bool own : {false, true})
+    cases.insert(cases.end(), {tables_case(3, 48, 5, own), tables_case(2, 7, 3, own), tables_case(4, 72, 1, own)});
   return cases;
 }
 
@@ -269,6 +322,7 @@ std::vector<OpCase> attention_cases() {
                                attention_case(kOneSample, 7, 7),
                                attention_case(kOneToken, 9, 3),
                                attention_case({"self", kRagged.dense, kRagged.dense}, 36, 3),
+                               apart_case(36, 3),
                                attention_case(long_rows, 7, 1)};
   cases.back().large = true;
   return cases;
