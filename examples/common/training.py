@@ -93,7 +93,7 @@ class Trainer:
         count = len(x0)
         # One timestep in each of `count` equal parts of [0, 1]: uniform, with less variance between batches.
         t = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-        loss = flow_loss(self._with(conditions), x0, torch.arange(count), t, generator=generator).loss.mean()
+        loss = flow_loss(self.model, x0, conditions, t, generator=generator).loss.mean()
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_gradient_norm)
@@ -102,10 +102,6 @@ class Trainer:
         self.optimizer.step()
         self._update_average()
         return loss.item()
-
-    def _with(self, conditions: Mapping[str, Tensor]) -> Callable[..., Tensor]:
-        """The model for flow_loss, which knows labels only: y numbers the batch's samples, in their order."""
-        return lambda x, t, y, grid: self.model(x, t, **conditions, grid=grid)
 
     @torch.no_grad()
     def _update_average(self) -> None:
