@@ -113,7 +113,7 @@ class Trainer:
         return loss.item()
 
     def _with(self, conditions: Mapping) -> Callable[..., Tensor]:
-        """The model for flow_loss, which knows labels only: y numbers the batch's samples, in their order."""
+        """The model for flow_loss, which takes tensors, not texts: y numbers the batch's samples, in their order."""
         return lambda x, t, y, grid: self.model(x, t, **conditions, grid=grid)
 
     @torch.no_grad()

@@ -102,7 +102,7 @@ class VideoDemo(Demo):
 def make_settings(steps: int, fork_step: int, seed: int, quick: bool) -> DemoSettings:
     """quick: every line runs, on so few steps and samples that nothing can be learned."""
     training = TrainingSettings(steps, fork_step, seed, batch_size=8 if quick else 16)
-    sampling = SamplingSettings(1 if quick else 8, steps=2 if quick else 25, seed=seed)
+    sampling = SamplingSettings(1 if quick else 6, steps=2 if quick else 25, seed=seed)
     return DemoSettings(10 if quick else 500, training, sampling, judged=not quick)
 
 

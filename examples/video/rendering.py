@@ -24,8 +24,8 @@ MOTIONS = {
 NUM_MOTIONS = len(MOTIONS)
 NUM_LABELS = NUM_CLASSES * NUM_MOTIONS  # label = digit * NUM_MOTIONS + motion
 _SPEEDS = (0.4, 0.55)  # pixels a frame
-_TURN = math.radians(24)  # at a speed of one pixel a frame
-_SPREAD, _SPREAD_ALONG = 1.5, 0.5  # of the path's middle around the frame's; the latter in the direction of the motion
+_TURN = math.radians(20)  # at a speed of one pixel a frame
+_SPREAD, _SPREAD_ALONG = 1.0, 0.5  # of the path's middle around the frame's; the latter in the direction of the motion
 
 
 def split_labels(labels: Tensor) -> tuple[Tensor, Tensor]:

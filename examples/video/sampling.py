@@ -20,7 +20,7 @@ class SamplingSettings:
     samples_per_class: int
     steps: int
     seed: int
-    cfg_scale: float = 1.5
+    cfg_scale: float = 2.5
     batch_size: int = NUM_LABELS
 
     @property
