@@ -48,10 +48,11 @@ _MAX_SIDE = 1 << 14  # of a latent image, as csrc/model/session.cpp has it
 
 
 class Sampler(Generic[Latents]):
-    """A FlexDiT's weights prepared for sampling; the images are those of flexdit_ext.sample, up to rounding.
+    """A FlexDiT's weights prepared for sampling; the images are those of flexdit_ext.sample: on a CPU with
+    AVX-512 to the bit in float32 and bfloat16, else up to rounding.
 
-    Its own copy: adapters of peft merged, modulation layers in one matrix, pooling blocks folded, packed for the CPU's
-    products; changes of the model do not reach it. The work runs on the model's device, on a GPU in its current stream
+    Its own copy: adapters of peft merged, modulation layers in one matrix, packed for the CPU's products, for a GPU
+    pooling blocks folded; changes of the model do not reach it. The work runs on the model's device, on a GPU in its current stream
     and from captured graphs. Without torch, from_pretrained and from_arrays make one whose latents are numpy arrays.
 
     Args:
