@@ -44,11 +44,10 @@ def lines(row: dict) -> list[list[str]]:
 def note(result: dict) -> str:
     dtype = "bfloat16" if "ceilings" in result else "float32"
     return (
-        f"Random weights, {dtype}, one sample without guidance. A step is one forward pass and the solver's update, for "
+        f"Random weights, {dtype}, one sample without guidance. A step is one forward pass and the solver's update, of "
         "the Sampler Session.step; of a FlexDiT the mean over four DDIM steps, one on each of the default schedule's "
-        "grids, then "
-        f'the median over the runs. diffusers and "{DENSE}" compute the dense model. Before the measurement what '
-        "contenders of the same weights compute is compared."
+        f"grids, then the median over the runs. diffusers and '{DENSE}' compute the dense model. Before the measurement "
+        "what contenders of the same weights compute is compared."
     )
 
 
