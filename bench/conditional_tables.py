@@ -46,7 +46,7 @@ def note(result: dict) -> str:
     return (
         f"Random weights, {dtype}, one sample without guidance. A step is one forward pass and the solver's update, of "
         "the Sampler Session.step; of a FlexDiT the mean over four DDIM steps, one on each of the default schedule's "
-        f"grids, then the median over the runs. diffusers and '{DENSE}' compute the dense model. Before the measurement "
+        f"grids, then the median over the runs. diffusers and '{DENSE}' compute the dense model. Before measuring "
         "what contenders of the same weights compute is compared."
     )
 

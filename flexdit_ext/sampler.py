@@ -52,8 +52,9 @@ class Sampler(Generic[Latents]):
     AVX-512 to the bit in float32 and bfloat16, else up to rounding.
 
     Its own copy: adapters of peft merged, modulation layers in one matrix, packed for the CPU's products, for a GPU
-    pooling blocks folded; changes of the model do not reach it. The work runs on the model's device, on a GPU in its current stream
-    and from captured graphs. Without torch, from_pretrained and from_arrays make one whose latents are numpy arrays.
+    pooling blocks folded; changes of the model do not reach it. The work runs on the model's device, on a GPU in its
+    current stream and from captured graphs. Without torch, from_pretrained and from_arrays make one whose latents are
+    numpy arrays.
 
     Args:
         model: FlexDiT.
