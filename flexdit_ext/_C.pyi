@@ -7,6 +7,9 @@ from __future__ import annotations
 import collections.abc
 import typing
 
+import numpy
+import numpy.typing
+
 __all__: list[str] = [
     "BlockKind",
     "Checkpoint",
@@ -15,6 +18,7 @@ __all__: list[str] = [
     "DType",
     "DensitySchedule",
     "Execution",
+    "ModelFamily",
     "Patches",
     "QueueFull",
     "SamplerStep",
@@ -30,6 +34,7 @@ __all__: list[str] = [
     "condition_backward",
     "condition_forward",
     "condition_workspace",
+    "default_schedule",
     "derive_seed",
     "final_layer_backward",
     "final_layer_forward",
@@ -202,9 +207,53 @@ class Patches:
         channels_last: bool,
     ) -> None: ...
 
+class ModelFamily:
+    """
+    Members:
+
+      dit
+
+      pixart
+
+      latte
+    """
+
+    __members__: typing.ClassVar[dict[str, ModelFamily]]
+    dit: typing.ClassVar[ModelFamily]
+    latte: typing.ClassVar[ModelFamily]
+    pixart: typing.ClassVar[ModelFamily]
+    @typing.overload
+    def __eq__(self, other: ModelFamily) -> bool: ...
+    @typing.overload
+    def __eq__(self, other: typing.Any) -> bool: ...
+    def __getstate__(self) -> int: ...
+    def __hash__(self) -> int: ...
+    def __index__(self) -> int: ...
+    def __init__(self, value: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __int__(self) -> int: ...
+    @typing.overload
+    def __ne__(self, other: ModelFamily) -> bool: ...
+    @typing.overload
+    def __ne__(self, other: typing.Any) -> bool: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, state: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __str__(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> int: ...
+
 class Config:
+    __hash__: typing.ClassVar[None] = None
+    family: ModelFamily
     reinject_position: bool
+    size_conditions: bool
+    def __eq__(self, arg0: Config) -> bool: ...
     def __init__(self) -> None: ...
+    @property
+    def caption_channels(self) -> int: ...
+    @caption_channels.setter
+    def caption_channels(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None: ...
     @property
     def dense_blocks(self) -> int: ...
     @dense_blocks.setter
@@ -234,6 +283,10 @@ class Config:
     @label_rows.setter
     def label_rows(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None: ...
     @property
+    def max_caption_tokens(self) -> int: ...
+    @max_caption_tokens.setter
+    def max_caption_tokens(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    @property
     def mlp_hidden(self) -> int: ...
     @mlp_hidden.setter
     def mlp_hidden(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None: ...
@@ -245,6 +298,10 @@ class Config:
     def num_dense_blocks(self) -> int: ...
     @num_dense_blocks.setter
     def num_dense_blocks(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    @property
+    def num_frames(self) -> int: ...
+    @num_frames.setter
+    def num_frames(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None: ...
     @property
     def num_heads(self) -> int: ...
     @num_heads.setter
@@ -265,6 +322,10 @@ class Config:
     def patch_size(self) -> int: ...
     @patch_size.setter
     def patch_size(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    @property
+    def position_scale(self) -> float: ...
+    @position_scale.setter
+    def position_scale(self, arg0: typing.SupportsFloat | typing.SupportsIndex) -> None: ...
     @property
     def recovery_blocks(self) -> int: ...
     @recovery_blocks.setter
@@ -310,7 +371,7 @@ class SamplingModel:
     def __init__(
         self,
         config: Config,
-        schedule: DensitySchedule,
+        schedule: DensitySchedule | None,
         parameters: collections.abc.Sequence,
         null_label: typing.SupportsInt | typing.SupportsIndex,
         exec: Execution,
@@ -340,6 +401,11 @@ class Session:
         size: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex],
         grid: tuple[int, ...] | None,
         clip_x0: bool,
+        frames: typing.SupportsInt | typing.SupportsIndex,
+        caption: typing.Annotated[numpy.typing.ArrayLike, numpy.float64] | None,
+        null_caption: typing.Annotated[numpy.typing.ArrayLike, numpy.float64] | None,
+        resolution: tuple[typing.SupportsFloat | typing.SupportsIndex, typing.SupportsFloat | typing.SupportsIndex],
+        aspect_ratio: typing.SupportsFloat | typing.SupportsIndex,
     ) -> int: ...
     def cancel(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> bool: ...
     def state(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> str: ...
@@ -448,6 +514,7 @@ def condition_forward(
     arg5: Execution,
 ) -> None: ...
 def condition_workspace(arg0: typing.Any, arg1: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+def default_schedule(arg0: Config, arg1: tuple[int, ...]) -> DensitySchedule: ...
 def derive_seed(
     arg0: typing.SupportsInt | typing.SupportsIndex, arg1: typing.SupportsInt | typing.SupportsIndex
 ) -> int: ...

@@ -27,7 +27,8 @@ else:
         if name in __all__:
             raise ImportError(
                 f"flexdit_ext.{name} needs PyTorch, which is not installed: pip install 'flexdit_ext[torch]', or the "
-                "torch of your choice. Without it there are Sampler.from_pretrained, FlexDiTConfig and DensitySchedule"
+                "torch of your choice. Without it there are Sampler.from_pretrained, the configurations and "
+                "DensitySchedule"
             )
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

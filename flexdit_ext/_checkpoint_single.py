@@ -10,17 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ._config_file import read_config_text
+from ._config_file import CLASS_KEY, parse_object, parse_single_config, read_config_text
 from ._shards import parse_size
 from .checkpoint import check_state_dict, load_state_dict_file, locate, one_device, write_checkpoint
 from .single_model import SingleFlexDiT
 
-_CLASS = "_class_name"
-
 
 def save_single(model: SingleFlexDiT, directory: str | os.PathLike, max_shard_size: int | str | None) -> None:
     most = None if max_shard_size is None else parse_size("max_shard_size", max_shard_size)
-    text = json.dumps({_CLASS: type(model).__name__} | model.config.to_dict(), indent=2) + "\n"
+    text = json.dumps({CLASS_KEY: type(model).__name__} | model.config.to_dict(), indent=2) + "\n"
     write_checkpoint(model.state_dict(), Path(directory), text, most)
 
 
@@ -29,16 +27,10 @@ def load_single(kind: type[SingleFlexDiT], path, dtype, device, *, device_map=No
     device = one_device(device, device_map)
     weights = locate(path, **options)
     text, source = read_config_text(weights)
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source} is not JSON: {error}") from error
-    if not isinstance(values, dict) or values.pop(_CLASS, None) != kind.__name__:
+    values = parse_object(text, source)
+    if values.get(CLASS_KEY) != kind.__name__:
         raise ValueError(f"{source} is not the configuration of a {kind.__name__}")
-    try:
-        config = kind.config_class.from_dict(values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{source}: {error}") from error
+    config = parse_single_config(values, source)
     return build_single(kind, config, load_state_dict_file(weights), dtype, device, str(weights))
 
 

@@ -9,10 +9,13 @@ import safetensors
 
 from ._shards import INDEX_SUFFIX, read_index
 from .config import FlexDiTConfig
+from .config_single import FlexLatteConfig, FlexPixArtConfig
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model" + INDEX_SUFFIX
 CONFIG_NAME = "config.json"
+CLASS_KEY = "_class_name"  # of FlexPixArt and FlexLatte
+SINGLE_CONFIGS = {"FlexPixArt": FlexPixArtConfig, "FlexLatte": FlexLatteConfig}
 METADATA_KEY = "config"  # the configuration's JSON in the safetensors header: one file is a whole checkpoint
 
 
@@ -37,7 +40,16 @@ def check_readable(path: Path) -> None:
 def read_config(weights: Path) -> tuple[FlexDiTConfig, str]:
     """The configuration and where it was found."""
     text, source = read_config_text(weights)
-    return _parse_config(text, source), source
+    return _parse_config(parse_object(text, source), source), source
+
+
+def read_any_config(weights: Path) -> FlexDiTConfig | FlexPixArtConfig | FlexLatteConfig:
+    """The configuration of whichever model it is."""
+    text, source = read_config_text(weights)
+    values = parse_object(text, source)
+    if CLASS_KEY not in values:
+        return _parse_config(values, source)
+    return parse_single_config(values, source)
 
 
 def read_config_text(weights: Path) -> tuple[str | bytes, str]:
@@ -70,14 +82,32 @@ def _config_within(weights: Path) -> tuple[str | None, str]:
         return (file.metadata() or {}).get(METADATA_KEY), source
 
 
-def _parse_config(text: str | bytes, source: str) -> FlexDiTConfig:
+def parse_object(text: str | bytes, source: str) -> dict:
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise ValueError(f"{source} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{source} is not a FlexDiT configuration: a JSON {type(values).__name__}, must be an object")
+    return values
+
+
+def _parse_config(values: dict, source: str) -> FlexDiTConfig:
+    if CLASS_KEY in values:
+        raise ValueError(f"{source} is the configuration of a {values[CLASS_KEY]!r}, must be a FlexDiT's")
+    return _built(FlexDiTConfig, values, source)
+
+
+def parse_single_config(values: dict, source: str) -> FlexPixArtConfig | FlexLatteConfig:
+    """By the class that it names."""
+    name = values.get(CLASS_KEY)
+    if not isinstance(name, str) or name not in SINGLE_CONFIGS:
+        raise ValueError(f"{source} has {CLASS_KEY} {name!r}, must be one of {', '.join(SINGLE_CONFIGS)}")
+    return _built(SINGLE_CONFIGS[name], {key: value for key, value in values.items() if key != CLASS_KEY}, source)
+
+
+def _built(kind, values: dict, source: str):
     try:
-        if not isinstance(values, dict):
-            raise TypeError(f"a JSON {type(values).__name__}, must be an object")
-        return FlexDiTConfig.from_dict(values)
+        return kind.from_dict(values)
     except (TypeError, ValueError, ArithmeticError) as error:
-        raise ValueError(f"{source} is not a FlexDiT configuration: {error}") from error
+        raise ValueError(f"{source} is not a {kind.__name__.removesuffix('Config')} configuration: {error}") from error

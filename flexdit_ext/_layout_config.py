@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 
+from . import _C
 from ._checks import Grid
 from .schedule import DensitySchedule
 
 
 class LayoutConfig:
     """Base of frozen dataclasses with num_pooling_blocks, num_sdtm, sdtm_blocks, num_dense_blocks, schedule,
-    hidden_size, mlp_ratio, and the property dense_grid."""
+    the sizes of a transformer on patches, and the properties dense_grid and out_channels."""
+
+    _family = "dit"  # a name of _C.ModelFamily
+    # What a model may lack.
+    num_classes = 0
+    class_dropout_prob = 0.0
+    caption_channels = 0
+    size_conditions = False
+    num_frames = 1
 
     def _check_layout(self) -> None:
         """Also makes a tuple of sdtm_blocks and a DensitySchedule of its dict."""
@@ -40,6 +49,30 @@ class LayoutConfig:
     @property
     def mlp_hidden_size(self) -> int:
         return int(self.hidden_size * self.mlp_ratio)
+
+    @property
+    def label_rows(self) -> int:
+        """Labels and the null class; 0: the model has no labels."""
+        return self.num_classes + (self.null_label >= 0)
+
+    @property
+    def null_label(self) -> int:
+        """The null class, or -1: none."""
+        return self.num_classes if self.num_classes and self.class_dropout_prob > 0 else -1
+
+    @property
+    def core(self) -> _C.Config:
+        """The same for the C++ library."""
+        core = _C.Config()
+        core.family = getattr(_C.ModelFamily, self._family)
+        core.input_height = core.input_width = self.input_size
+        core.patch_size, core.in_channels, core.out_channels = self.patch_size, self.in_channels, self.out_channels
+        core.hidden, core.mlp_hidden, core.num_heads = self.hidden_size, self.mlp_hidden_size, self.num_heads
+        core.label_rows = self.label_rows
+        core.num_pooling_blocks, core.num_sdtm = self.num_pooling_blocks, self.num_sdtm
+        core.generation_blocks, core.sparse_blocks, core.recovery_blocks, core.dense_blocks = self.sdtm_blocks
+        core.num_dense_blocks = self.num_dense_blocks
+        return core
 
     @property
     def depth(self) -> int:

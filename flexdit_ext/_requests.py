@@ -87,6 +87,17 @@ def last_label(config) -> int:
 
 
 def check_cfg_scale(cfg_scale, total: int, config) -> np.ndarray | None:
+    """check_scales of a model whose guidance needs a null class."""
+    scales = check_scales(cfg_scale, total)
+    if scales is not None and not config.class_dropout_prob > 0:
+        raise ValueError(
+            f"cfg_scale = {cfg_scale!r}: guidance needs a null class, and this model has none "
+            f"(class_dropout_prob = {config.class_dropout_prob}); only 1.0 is allowed"
+        )
+    return scales
+
+
+def check_scales(cfg_scale, total: int) -> np.ndarray | None:
     """None without guidance, else float64 [B]."""
     wrong = f"cfg_scale = {cfg_scale!r}: must be a float or one float per sample"
     try:
@@ -101,14 +112,7 @@ def check_cfg_scale(cfg_scale, total: int, config) -> np.ndarray | None:
     bad = [s for s in scales.tolist() if not (s >= 0 and math.isfinite(s))]
     if bad:
         raise ValueError(f"cfg_scale = {bad[0]}: must be finite and at least 0")
-    if (scales == 1).all():
-        return None
-    if not config.class_dropout_prob > 0:
-        raise ValueError(
-            f"cfg_scale = {cfg_scale!r}: guidance needs a null class, and this model has none "
-            f"(class_dropout_prob = {config.class_dropout_prob}); only 1.0 is allowed"
-        )
-    return scales.copy()
+    return None if (scales == 1).all() else scales.copy()
 
 
 def check_interval(guidance_interval) -> tuple[float, float]:

@@ -11,8 +11,11 @@ import numpy as np
 
 from . import _C
 from ._checks import DTYPE_NAMES, check_count
-from ._config_file import check_readable, find_weights, read_config
+from ._conditions import core_schedule
+from ._config_file import check_readable, find_weights, read_any_config
+from ._shards import INDEX_SUFFIX
 from .config import FlexDiTConfig
+from .config_single import FlexLatteConfig, FlexPixArtConfig
 
 _ARRAY_DTYPES = ("float32", "float64")  # numpy has no bfloat16
 for _name in _ARRAY_DTYPES:
@@ -45,22 +48,22 @@ def from_pretrained(path, dtype, device, threads, modulation_bytes) -> tuple:
         raise error(f"dtype is {dtype!r}, must be None or one of {', '.join(DTYPE_NAMES[kind])} on {kind}")
     weights = find_weights(Path(path))
     check_readable(weights)
-    if not weights.name.endswith(".safetensors"):
-        raise ValueError(
-            f"{weights} must be a .safetensors file: one in shards is read with torch, by FlexDiT.from_pretrained"
-        )
+    if not weights.name.endswith((".safetensors", INDEX_SUFFIX)):
+        raise ValueError(f"{weights} must be a .safetensors file, or the index of one in shards")
     # The C++ library reads the file first: it says best what is wrong with a broken one.
     checkpoint = _C.Checkpoint(os.fspath(weights), None if dtype is None else getattr(_C.DType, dtype))
     if checkpoint.dtype.name not in DTYPE_NAMES[kind]:
         raise ValueError(f"{weights} is {checkpoint.dtype.name}: give the dtype, {' or '.join(DTYPE_NAMES[kind])}")
-    config, _ = read_config(weights)
+    config = read_any_config(weights)
     core = _C.SamplingModel(checkpoint=checkpoint, exec=execution)
     return config, modulation_bytes, core, checkpoint.dtype.name, device, _same
 
 
-def from_arrays(config: FlexDiTConfig, arrays: Mapping[str, np.ndarray], device, threads) -> tuple:
-    if not isinstance(config, FlexDiTConfig):
-        raise TypeError(f"config is {type(config).__name__}, must be a FlexDiTConfig")
+def from_arrays(config, arrays: Mapping[str, np.ndarray], device, threads) -> tuple:
+    if not isinstance(config, (FlexDiTConfig, FlexPixArtConfig, FlexLatteConfig)):
+        raise TypeError(
+            f"config is {type(config).__name__}, must be a FlexDiTConfig, FlexPixArtConfig or FlexLatteConfig"
+        )
     _, execution = _execution(device, threads)
     specs = _C.model_parameters(config.core)
     names = [name for name, _, _ in specs]
@@ -83,10 +86,10 @@ def from_arrays(config: FlexDiTConfig, arrays: Mapping[str, np.ndarray], device,
     )
     core = _C.SamplingModel(
         config=config.core,
-        schedule=config.density_schedule._core,
+        schedule=core_schedule(config, config.density_schedule),
         # numpy's own dtype object, which an array from elsewhere need not have
         parameters=[_View(array.astype(np.dtype(dtype), copy=False)) for array in ordered],
-        null_label=config.num_classes if config.class_dropout_prob > 0 else -1,
+        null_label=config.null_label,
         exec=execution,
     )
     return core, dtype, device, _same

@@ -121,14 +121,8 @@ class FlexDiTConfig(LayoutConfig):
     @property
     def core(self) -> _C.Config:
         """The same for the C++ library."""
-        core = _C.Config()
-        core.input_height = core.input_width = self.input_size
-        core.patch_size, core.in_channels, core.out_channels = self.patch_size, self.in_channels, self.out_channels
-        core.hidden, core.mlp_hidden, core.num_heads = self.hidden_size, self.mlp_hidden_size, self.num_heads
-        core.label_rows = self.num_classes + (self.class_dropout_prob > 0)
-        core.num_pooling_blocks, core.num_sdtm = self.num_pooling_blocks, self.num_sdtm
-        core.generation_blocks, core.sparse_blocks, core.recovery_blocks, core.dense_blocks = self.sdtm_blocks
-        core.num_dense_blocks, core.reinject_position = self.num_dense_blocks, self.reinject_position
+        core = super().core
+        core.reinject_position = self.reinject_position
         core.timestep_shift, core.mlp_norm_eps = self.timestep_shift, self.mlp_norm_eps
         return core
 

@@ -13,29 +13,26 @@ import numpy as np
 
 from . import _C, _sampler_numpy
 from ._checks import Grid, check_count, check_grid
+from ._conditions import Config, check_batch, check_channels, check_guidance, check_one, check_size, dense_grid
 from ._requests import (
-    check_cfg_scale,
     check_clip_x0,
     check_eta,
     check_grids,
-    check_guidance_channels,
     check_int,
     check_interval,
-    check_labels,
     check_sampler,
     check_seeds,
     check_step_count,
     kept_timesteps,
-    last_label,
     progress_bar,
 )
-from .config import FlexDiTConfig
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from .model import FlexDiT
+    from .single_model import FlexLatte, FlexPixArt
 
     Array = Tensor | np.ndarray
 
@@ -44,12 +41,12 @@ __all__ = ["QueueFull", "Sampler", "Session"]
 QueueFull = _C.QueueFull
 Latents = TypeVar("Latents")  # what a caller gets: Tensor, or numpy.ndarray without torch
 _MODULATION_BYTES = 256 << 20
-_MAX_SIDE = 1 << 14  # of a latent image, as csrc/model/session.cpp has it
+_NO_SIZES = (0.0, 0.0)  # the resolution of a request to a model without size_conditions
 
 
 class Sampler(Generic[Latents]):
-    """A FlexDiT's weights prepared for sampling; the images are those of flexdit_ext.sample: on a CPU with
-    AVX-512 to the bit in float32 and bfloat16, else up to rounding.
+    """A model's weights prepared for sampling; the images are those of flexdit_ext.sample, of FlexPixArt and FlexLatte
+    those of sample_conditional: on a CPU with AVX-512 to the bit in float32 and bfloat16, else up to rounding.
 
     Its own copy: adapters of peft merged, modulation layers in one matrix, packed for the CPU's products, for a GPU
     pooling blocks folded; changes of the model do not reach it. The work runs on the model's device, on a GPU in its
@@ -57,7 +54,7 @@ class Sampler(Generic[Latents]):
     numpy arrays.
 
     Args:
-        model: FlexDiT.
+        model: FlexDiT, FlexPixArt or FlexLatte.
         dtype: to compute with; None is the model's. The solver's state is float32 (float64 for float64).
         modulation_bytes: memory for the modulations of steps to come, which are computed together.
 
@@ -68,15 +65,15 @@ class Sampler(Generic[Latents]):
 
     def __init__(
         self: Sampler[Tensor],
-        model: FlexDiT,
+        model: FlexDiT | FlexPixArt | FlexLatte,
         dtype: torch.dtype | None = None,
         *,
         modulation_bytes: int = _MODULATION_BYTES,
     ):
-        module = sys.modules.get(f"{__package__}.model")  # loaded where there is a FlexDiT
-        if module is None or not isinstance(model, module.FlexDiT):
+        if not _is_model(model):
             raise TypeError(
-                f"model is {type(model).__name__}, must be a FlexDiT; Sampler.from_pretrained takes a checkpoint"
+                f"model is {type(model).__name__}, must be a FlexDiT, FlexPixArt or FlexLatte; "
+                "Sampler.from_pretrained takes a checkpoint"
             )
         from . import _sampler_torch
 
@@ -92,10 +89,11 @@ class Sampler(Generic[Latents]):
         threads: int | None = None,
         modulation_bytes: int = _MODULATION_BYTES,
     ) -> Sampler[np.ndarray]:
-        """A sampler of what FlexDiT.save_pretrained wrote, read by the C++ library: torch is not needed, and latents
-        are numpy arrays, float32 (float64 in float64).
+        """A sampler of what save_pretrained wrote, read by the C++ library: torch is not needed, and latents are numpy
+        arrays, float32 (float64 in float64).
 
-        path: the folder, or its model.safetensors; not in shards.
+        path: the folder of a FlexDiT, FlexPixArt or FlexLatte, its model.safetensors, or the index of
+            one in shards.
         dtype: to compute with, "float32", "bfloat16", on the CPU "float64", on a GPU "float16"; None is the file's.
         device: "cpu", "cuda" or "cuda:1"; there the work runs in the default stream.
         threads: on the CPU; None is OpenMP's number (OMP_NUM_THREADS).
@@ -109,19 +107,19 @@ class Sampler(Generic[Latents]):
     @classmethod
     def from_arrays(
         cls,
-        config: FlexDiTConfig,
+        config: Config,
         arrays: Mapping[str, np.ndarray],
         device: str = "cpu",
         *,
         threads: int | None = None,
         modulation_bytes: int = _MODULATION_BYTES,
     ) -> Sampler[np.ndarray]:
-        """The same of numpy arrays by the names of FlexDiT's state_dict, all float32 or all float64."""
+        """The same of numpy arrays by the names of the model's state_dict, all float32 or all float64."""
         sampler = cls.__new__(cls)
         sampler._set(config, modulation_bytes, *_sampler_numpy.from_arrays(config, arrays, device, threads))
         return sampler
 
-    def _set(self, config: FlexDiTConfig, modulation_bytes: int, core, dtype, device, latents) -> None:
+    def _set(self, config: Config, modulation_bytes: int, core, dtype, device, latents) -> None:
         self.config, self.dtype, self.device = config, dtype, device
         self._modulation_bytes = check_count("modulation_bytes", modulation_bytes, 1, 2**62)
         self._core, self._latents = core, latents  # latents: the arrays that sessions give -> what the caller gets
@@ -137,16 +135,23 @@ class Sampler(Generic[Latents]):
         return self.__copy__()
 
     def __reduce_ex__(self, protocol):
-        raise TypeError("a Sampler cannot be pickled: pickle or save its FlexDiT and make a new Sampler of it")
+        raise TypeError("a Sampler cannot be pickled: pickle or save its model and make a new Sampler of it")
 
     def sample(
         self,
-        y: Array | Sequence[int],
+        y: Array | Sequence[int] | None = None,
         steps: int | str = 50,
         sampler: str = "ddim",
         cfg_scale: float | Sequence[float] | Array = 1.0,
         seed: int | Sequence[int] = 0,
         *,
+        caption: Array | None = None,
+        caption_mask: Array | None = None,
+        null_caption: Array | None = None,
+        null_caption_mask: Array | None = None,
+        resolution: Array | Sequence[Sequence[float]] | None = None,
+        aspect_ratio: Array | Sequence[float] | None = None,
+        frames: int | None = None,
         eta: float = 0.0,
         size: tuple[int, int] | None = None,
         grid=None,
@@ -157,25 +162,46 @@ class Sampler(Generic[Latents]):
         start_index: int = 0,
         progress: bool = False,
     ) -> Latents:
-        """Latents [B, C, H, W] for the labels y, on the sampler's device, in its dtype. Arguments as
-        flexdit_ext.sample, and size as Session.add."""
-        labels = check_labels(y, self.config)
-        total = len(labels)
-        scales = check_cfg_scale(cfg_scale, total, self.config)
+        """Latents [B, C, H, W], of a FlexLatte [B, C, F, H, W], on the sampler's device, in its dtype. Arguments as
+        flexdit_ext.sample, size as Session.add, and for a model that reads them:
+
+        caption: [B, L, caption_channels], the text encoder's output, L up to max_caption_tokens; any float dtype.
+        caption_mask: [B, L] bool, true where there is a token; None: everywhere.
+        null_caption, null_caption_mask: the same of the passes without condition, one for all or one per sample; where
+            cfg_scale is not 1.
+        resolution: [B, 2] height and width in pixels, aspect_ratio: [B] height / width.
+        frames: F of the clips, up to num_frames, which None means.
+
+        y is None where the model has no classes; without captions, too, a list of seeds says how many clips there are.
+        In these models guidance_channels None is "all".
+        """
+        given = {
+            "y": y,
+            "caption": caption,
+            "caption_mask": caption_mask,
+            "null_caption": null_caption,
+            "null_caption_mask": null_caption_mask,
+            "resolution": resolution,
+            "aspect_ratio": aspect_ratio,
+            "frames": frames,
+        }
+        conditions = check_batch(self.config, given, seed)
+        total = len(conditions)
+        scales = check_guidance(self.config, cfg_scale, total, null_caption)
         seeds = check_seeds(seed, check_int("start_index", start_index, 0, 2**62), total)
         size = None if size is None else check_size(size, self.config)
         grids = check_grids(grid, total)
         for name, one in _named_grids(grids):
-            self.config.check_sparse_grid(name, one, _dense_grid(size, self.config))
+            self.config.check_sparse_grid(name, one, dense_grid(self.config, size, conditions[0]["frames"]))
         batch_size = total if batch_size is None else check_int("batch_size", batch_size, 1, 2**31 - 1)
         table = _table(self.config, sampler, steps, eta, clip_x0)
         interval = check_interval(guidance_interval)
-        channels = check_guidance_channels(guidance_channels, self.config)
+        channels = check_channels(guidance_channels, self.config)
 
         def request(i: int) -> tuple:
             scale = 1.0 if scales is None else float(scales[i])
             sparse = grids[i] if isinstance(grids, list) else grids
-            return int(labels[i]), seeds[i], table, scale, interval, size, sparse, clip_x0
+            return conditions[i], seeds[i], table, scale, interval, size, sparse, clip_x0
 
         passes = math.ceil(total / batch_size) * len(table)
         with self._lock, progress_bar(progress, passes) as tick:
@@ -209,7 +235,8 @@ class Sampler(Generic[Latents]):
 
 
 class Session(Generic[Latents]):
-    """Requests that advance together, each with its own label, seed, steps, sampler, guidance, size and grid.
+    """Requests that advance together, each with its own label or caption, seed, steps, sampler, guidance, size and
+    grid.
 
     A request's image does not depend on its company. All methods may be called by any thread; of several that call
     step, one waits for the other. Made by Sampler.session.
@@ -223,7 +250,7 @@ class Session(Generic[Latents]):
             model=sampler._core,
             max_batch=check_count("max_batch", max_batch, 1, 2**31 - 1),
             queue_capacity=check_count("queue_capacity", queue_capacity, 1, 2**62),
-            guided_channels=check_guidance_channels(guidance_channels, sampler.config),
+            guided_channels=check_channels(guidance_channels, sampler.config),
             modulation_bytes=sampler._modulation_bytes,
         )
 
@@ -232,19 +259,25 @@ class Session(Generic[Latents]):
 
     def add(
         self,
-        label: int,
+        label: int | None = None,
         steps: int | str = 50,
         sampler: str = "ddim",
         cfg_scale: float = 1.0,
         seed: int = 0,
         *,
+        caption: Array | None = None,
+        null_caption: Array | None = None,
+        resolution: tuple[float, float] | None = None,
+        aspect_ratio: float | None = None,
+        frames: int | None = None,
         eta: float = 0.0,
         size: tuple[int, int] | None = None,
         grid: Grid | None = None,
         guidance_interval: tuple[float, float] | None = None,
         clip_x0: bool = False,
     ) -> int:
-        """Puts a request into the queue and returns its id. Arguments as flexdit_ext.sample; the image is the one that
+        """Puts a request into the queue and returns its id. Arguments as Sampler.sample, those that it has per sample
+        without the first axis, captions [L, caption_channels] without padding; the image is the one that
         sample([label], ..., seed=seed) gives.
 
         size: (height, width) of the latent, multiples of the patch; None is the model's. Other sizes get the same
@@ -253,12 +286,22 @@ class Session(Generic[Latents]):
         Raises QueueFull when queue_capacity requests wait, TypeError or ValueError naming the argument.
         """
         config = self._config
+        given = {
+            "label": label,
+            "caption": caption,
+            "null_caption": null_caption,
+            "resolution": resolution,
+            "aspect_ratio": aspect_ratio,
+            "frames": frames,
+        }
+        conditions = check_one(config, given)
         size = None if size is None else check_size(size, config)
         if grid is not None:
-            grid = config.check_sparse_grid("grid", check_grid("grid", grid), _dense_grid(size, config))
-        scales = check_cfg_scale(cfg_scale, 1, config)
+            dense = dense_grid(config, size, conditions["frames"])
+            grid = config.check_sparse_grid("grid", check_grid("grid", grid), dense)
+        scales = check_guidance(config, cfg_scale, 1, null_caption)
         return self._add(
-            check_int("label", label, 0, last_label(config)),
+            conditions,
             check_seeds([check_int("seed", seed, 0, 2**64 - 1)], 0, 1)[0],
             _table(config, sampler, steps, eta, clip_x0),
             1.0 if scales is None else float(scales[0]),
@@ -268,9 +311,9 @@ class Session(Generic[Latents]):
             clip_x0,
         )
 
-    def _add(self, label, seed, table, scale, interval, size, grid, clip_x0) -> int:
+    def _add(self, conditions: dict, seed, table, scale, interval, size, grid, clip_x0) -> int:
         return self._core.add(
-            label=label,
+            label=conditions.get("label", 0),
             seed=seed,
             steps=table,
             guidance=scale,
@@ -278,6 +321,11 @@ class Session(Generic[Latents]):
             size=(0, 0) if size is None else size,
             grid=grid,
             clip_x0=clip_x0,
+            frames=conditions["frames"],
+            caption=conditions.get("caption"),
+            null_caption=None if scale == 1 else conditions.get("null_caption"),
+            resolution=conditions.get("resolution", _NO_SIZES),
+            aspect_ratio=conditions.get("aspect_ratio", 0.0),
         )
 
     def step(self) -> int:
@@ -300,8 +348,9 @@ class Session(Generic[Latents]):
     @overload
     def take(self, request: None = None) -> dict[int, Latents | RuntimeError]: ...
     def take(self, request=None):
-        """The latent [C, H, W] of a finished request, which is then forgotten; None while it is not finished, and
-        RuntimeError raised if it failed. Without `request` all that are finished, by id, errors as values."""
+        """The latent [C, H, W], of a clip [C, F, H, W], of a finished request, which is then forgotten; None while
+        it is not finished, and RuntimeError raised if it failed. Without `request` all that are finished, by id, errors
+        as values."""
         if request is None:
             return {
                 key: RuntimeError(error) if image is None else self._latents(image)
@@ -334,18 +383,11 @@ def _check_id(request) -> int:
     return check_int("request", request, -(2**63), 2**63 - 1)  # any int may be asked for
 
 
-def check_size(size, config) -> tuple[int, int]:
-    size = check_grid("size", size)
-    if len(size) != 2 or any(side % config.patch_size or side > _MAX_SIDE for side in size):
-        raise ValueError(
-            f"size is {size}, must be (height, width): multiples of the patch size {config.patch_size}, "
-            f"at most {_MAX_SIDE}"
-        )
-    return size
-
-
-def _dense_grid(size: tuple[int, int] | None, config) -> tuple[int, int]:
-    return config.dense_grid if size is None else (size[0] // config.patch_size, size[1] // config.patch_size)
+def _is_model(model) -> bool:
+    """Their modules are loaded where there are models."""
+    kinds = (("model", "FlexDiT"), ("single_model", "SingleFlexDiT"))
+    modules = [(sys.modules.get(f"{__package__}.{module}"), name) for module, name in kinds]
+    return any(module is not None and isinstance(model, getattr(module, name)) for module, name in modules)
 
 
 def _named_grids(grids) -> list[tuple[str, Grid]]:
@@ -354,7 +396,7 @@ def _named_grids(grids) -> list[tuple[str, Grid]]:
     return [(f"grid[{i}]", one) for i, one in enumerate(grids)] if isinstance(grids, list) else [("grid", grids)]
 
 
-def _table(config: FlexDiTConfig, sampler: str, steps: int | str, eta: float, clip_x0: bool) -> list:
+def _table(config: Config, sampler: str, steps: int | str, eta: float, clip_x0: bool) -> list:
     """The sampler's numbers, the C++ library's own, so that a C++ program's image is the same to the bit."""
     check_sampler(sampler, eta)
     check_clip_x0(clip_x0)

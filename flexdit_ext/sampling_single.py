@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from ._requests import (
-    check_cfg_scale,
     check_grids,
     check_guidance_channels,
     check_int,
     check_interval,
+    check_scales,
     check_seeds,
     progress_bar,
 )
@@ -61,7 +60,7 @@ def sample_conditional(
     config, weight = model.config, model.patch_embed.weight
     total = _check_conditions("conditions", conditions)
     walker = make_sampler(sampler, steps, eta, clip_x0)
-    scales = check_cfg_scale(cfg_scale, total, SimpleNamespace(class_dropout_prob=1.0))  # any model can be guided
+    scales = check_scales(cfg_scale, total)
     if scales is not None and unconditional is None:
         raise ValueError(f"cfg_scale is {cfg_scale}, guidance needs unconditional")
     interval = check_interval(guidance_interval)

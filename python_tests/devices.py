@@ -62,7 +62,8 @@ def use_device(name: str, monkeypatch) -> torch.device:
         for module in (flexdit_ext.ops, flexdit_ext._block_ops, flexdit_ext._single_ops, _sampler_torch):
             monkeypatch.setattr(module, "_C", core)
             monkeypatch.setattr(module, "execution", lambda like: core.Execution(device_index=0, stream=0))
-        monkeypatch.setattr(flexdit_ext.config, "_C", core)  # of FlexDiTConfig.core
+        for module in (flexdit_ext._layout_config, flexdit_ext.config_single):  # of a configuration's core and schedule
+            monkeypatch.setattr(module, "_C", core)
         # What _C has made before is of another module's types.
         schedules = functools.lru_cache(flexdit_ext.ops._core_schedule.__wrapped__)
         monkeypatch.setattr(flexdit_ext.ops, "_core_schedule", schedules)

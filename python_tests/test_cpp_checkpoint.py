@@ -1,4 +1,5 @@
-"""The fixture of csrc/tests/checkpoint_test.cpp: what save_pretrained writes, and what the model computes from it.
+"""The fixtures of csrc/tests/checkpoint_test.cpp: what save_pretrained writes, and what the model computes from it; and
+what the C++ library reads from it.
 
 `python python_tests/test_cpp_checkpoint.py` writes it anew, after the format has changed on purpose.
 """
@@ -11,29 +12,54 @@ import safetensors.torch
 import torch
 from helpers import reference_of
 
-from flexdit_ext import DensitySchedule, FlexDiT, FlexDiTConfig, reference
+from flexdit_ext import (
+    _C,
+    DensitySchedule,
+    FlexDiT,
+    FlexDiTConfig,
+    FlexLatte,
+    FlexLatteConfig,
+    FlexPixArt,
+    FlexPixArtConfig,
+    reference,
+)
 
 DATA = Path(__file__).parents[1] / "csrc/tests/data"
-FOLDER, FORWARD = DATA / "tiny", DATA / "tiny_forward.safetensors"
+FORWARD = DATA / "tiny_forward.safetensors"
+SIZES = {"input_size": 8, "in_channels": 1, "hidden_size": 8, "num_heads": 2}
+LAYOUT = {"num_pooling_blocks": 1, "num_sdtm": 1, "sdtm_blocks": (1, 1, 1, 1), "num_dense_blocks": 1}
+SINGLE = SIZES | LAYOUT | {"hidden_size": 12, "mlp_ratio": 2.0, "out_channels": 2}
 
 
 def tiny_model() -> FlexDiT:
-    """Parameter k's value i is ((73 i + 37 k) mod 255 - 127) / 256, which every dtype holds exactly."""
     config = FlexDiTConfig(
-        input_size=8,
-        in_channels=1,
-        hidden_size=8,
-        num_heads=2,
+        **SIZES,
+        **LAYOUT,
         mlp_ratio=3.3,  # 26 units
         num_classes=3,
-        num_pooling_blocks=1,
-        num_sdtm=1,
-        sdtm_blocks=(1, 1, 1, 1),
-        num_dense_blocks=1,
         reinject_position=True,
         schedule=DensitySchedule([(3, 3), (2, 3), (2, 2)], begins=[0, 400, 700]),
     )
-    model = FlexDiT(config).eval()
+    return filled(FlexDiT(config))
+
+
+def tiny_pixart() -> FlexPixArt:
+    options = {"caption_channels": 6, "max_caption_tokens": 5, "size_conditions": True, "position_scale": 0.5}
+    return filled(FlexPixArt(FlexPixArtConfig(**SINGLE, **options)))
+
+
+def tiny_latte() -> FlexLatte:
+    options = {"num_frames": 3, "num_classes": 3, "class_dropout_prob": 0.1, "caption_channels": 6}
+    schedule = DensitySchedule([(3, 3, 3), (2, 2, 3), (1, 2, 2)], begins=[0, 400, 700])
+    return filled(FlexLatte(FlexLatteConfig(**SINGLE, **options, max_caption_tokens=5, schedule=schedule)))
+
+
+FOLDERS = {"tiny": tiny_model, "tiny_pixart": tiny_pixart, "tiny_latte": tiny_latte}
+
+
+def filled(model):
+    """Parameter k's value i is ((73 i + 37 k) mod 255 - 127) / 256, which every dtype holds exactly."""
+    model.eval()
     with torch.no_grad():
         for k, parameter in enumerate(model.state_dict().values()):
             values = (torch.arange(parameter.numel()) * 73 + 37 * k) % 255 - 127
@@ -52,25 +78,54 @@ def forward(model: FlexDiT) -> dict[str, torch.Tensor]:
     return {"x": x, "t": t, "features": features, "y": y, "out": out}
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
-def test_folder_is_what_save_pretrained_writes(model, tmp_path):
-    model.save_pretrained(tmp_path)
-    assert (tmp_path / "config.json").read_text() == (FOLDER / "config.json").read_text()
+@pytest.mark.parametrize("name", FOLDERS)
+def test_folder_is_what_save_pretrained_writes(name, tmp_path):
+    FOLDERS[name]().save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").read_text() == (DATA / name / "config.json").read_text()
     with (
         safetensors.safe_open(tmp_path / "model.safetensors", "pt") as new,
-        safetensors.safe_open(FOLDER / "model.safetensors", "pt") as old,
+        safetensors.safe_open(DATA / name / "model.safetensors", "pt") as old,
     ):
         assert new.metadata() == old.metadata() and set(new.keys()) == set(old.keys())
         for name in new.keys():  # noqa: SIM118, it is no dict
             assert torch.equal(new.get_tensor(name), old.get_tensor(name)), name
 
 
-def test_forward_is_the_references(model):
-    stored, computed = safetensors.torch.load_file(FORWARD), forward(model)
+@pytest.mark.parametrize("name", FOLDERS)
+def test_cpp_library_reads_the_same(name):
+    model, checkpoint = FOLDERS[name](), _C.Checkpoint(str(DATA / name), None)
+    assert checkpoint.config == model.config.core
+    assert checkpoint.schedule == model.schedule._core
+    specs = _C.model_parameters(checkpoint.config)
+    assert {name for name, _, _ in specs} == set(model.state_dict())
+
+
+PIXART, LATTE = SINGLE | {"caption_channels": 5}, SINGLE
+CONFIGS = [
+    FlexPixArtConfig(**PIXART),
+    FlexPixArtConfig(**PIXART | {"input_size": 24, "patch_size": 4, "in_channels": 3, "num_sdtm": 0, "mlp_ratio": 1.5}),
+    FlexPixArtConfig(**PIXART, size_conditions=True, position_scale=2.5, max_caption_tokens=300),
+    FlexPixArtConfig(**PIXART, schedule=DensitySchedule([(4, 4), (1, 2)], 500, [0, 3])),
+    FlexLatteConfig(**LATTE),
+    FlexLatteConfig(**LATTE | {"num_frames": 7, "input_size": 22, "num_classes": 5, "sdtm_blocks": (2, 0, 1, 0)}),
+    FlexLatteConfig(**LATTE | {"num_classes": 5, "class_dropout_prob": 0.25, "caption_channels": 9, "num_sdtm": 2}),
+    FlexLatteConfig(**LATTE, class_dropout_prob=0.25, num_frames=1),  # of labels that it does not have
+    FlexDiTConfig(**SIZES, **LAYOUT, learn_sigma=False, class_dropout_prob=0.0),
+    FlexDiTConfig(**SIZES, **LAYOUT, timestep_shift=1, mlp_norm_eps=1e-5, reinject_position=True, num_classes=7),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
+def test_cpp_library_reads_every_field(config, tmp_path):
+    kinds = {FlexDiTConfig: FlexDiT, FlexPixArtConfig: FlexPixArt, FlexLatteConfig: FlexLatte}
+    kinds[type(config)](config).save_pretrained(tmp_path)
+    checkpoint = _C.Checkpoint(str(tmp_path), None)
+    assert checkpoint.config == config.core
+    assert checkpoint.schedule == config.density_schedule._core
+
+
+def test_forward_is_the_references():
+    stored, computed = safetensors.torch.load_file(FORWARD), forward(tiny_model())
     assert stored.keys() == computed.keys()
     for name, tensor in computed.items():
         assert stored[name].dtype == tensor.dtype
@@ -79,5 +134,6 @@ def test_forward_is_the_references(model):
 
 if __name__ == "__main__":
     DATA.mkdir(exist_ok=True)
-    tiny_model().save_pretrained(FOLDER)
+    for name, make in FOLDERS.items():
+        make().save_pretrained(DATA / name)
     safetensors.torch.save_file(forward(tiny_model()), FORWARD)

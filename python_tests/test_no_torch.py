@@ -9,6 +9,7 @@ import pytest
 import torch
 from devices import on
 from helpers import random_model
+from test_single_model import TEXT_CLIP, make
 
 import flexdit_ext
 from flexdit_ext import DensitySchedule, Sampler
@@ -51,6 +52,44 @@ def checkpoint(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     model.save_pretrained(folder)
     return folder
+
+
+# argv: a FlexLatte's checkpoint and one caption's rows
+CLIP_PROGRAM = """
+import sys
+sys.modules["torch"] = None
+import numpy
+from flexdit_ext import FlexLatteConfig, Sampler
+
+sampler, caption = Sampler.from_pretrained(sys.argv[1], threads=1), numpy.load(sys.argv[2])
+assert type(sampler.config) is FlexLatteConfig
+null = numpy.zeros((1, 2, 10))
+clips = sampler.sample(caption=caption[None], null_caption=null, steps=2, cfg_scale=2.0, frames=3)
+assert type(clips) is numpy.ndarray and clips.dtype == numpy.float32
+session = sampler.session()
+clip = session.add(caption=caption, null_caption=null[0], steps=2, cfg_scale=2.0, frames=3)
+while session.step():
+    pass
+assert numpy.array_equal(session.take(clip), clips[0])
+numpy.save(sys.argv[3], clips)
+"""
+
+
+def test_clips_without_torch(tmp_path):
+    model, _ = make(TEXT_CLIP, torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    caption = np.random.default_rng(0).normal(size=(5, 10)).astype(np.float32)
+    np.save(tmp_path / "caption.npy", caption)
+    arguments = [str(tmp_path / name) for name in ("model", "caption.npy", "clips.npy")]
+    result = subprocess.run([sys.executable, "-c", CLIP_PROGRAM, *arguments], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    given = {"caption": caption[None], "null_caption": np.zeros((1, 2, 10)), "frames": 3}
+    run = {"steps": 2, "cfg_scale": 2.0}
+    expected = Sampler(model).sample(**given, **run).numpy()
+    assert expected.shape == (1, 4, 3, 8, 8) and np.array_equal(np.load(tmp_path / "clips.npy"), expected)
+    arrays = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    again = Sampler.from_arrays(model.config, arrays).sample(**given, **run)
+    assert np.abs(again - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 @pytest.fixture(scope="module")
@@ -160,16 +199,23 @@ def test_no_cuda_backend(checkpoint):
         Sampler.from_pretrained(checkpoint, device="cuda")
 
 
-def test_broken_file_and_shards(model, checkpoint, tmp_path):
+def test_broken_file_and_shards(model, checkpoint, expected, tmp_path):
     whole = (checkpoint / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[:1000])
     with pytest.raises(ValueError, match=r"model\.safetensors"):
         Sampler.from_pretrained(tmp_path)
     model.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
-    with pytest.raises(ValueError, match=r"index\.json must be a \.safetensors file: one in shards is read with torch"):
+    shards = sorted((tmp_path / "shards").glob("*.safetensors"))
+    assert len(shards) > 2
+    for path in (tmp_path / "shards", tmp_path / "shards" / "model.safetensors.index.json"):
+        assert np.array_equal(Sampler.from_pretrained(path).sample(**REQUEST), expected)
+    shards[1].unlink()
+    with pytest.raises(ValueError, match=rf"{shards[1].name} does not exist"):
         Sampler.from_pretrained(tmp_path / "shards")
+    with pytest.raises(ValueError, match=r"config\.json must be a \.safetensors file, or the index of one in shards"):
+        Sampler.from_pretrained(checkpoint / "config.json")
     with pytest.raises(
-        TypeError, match=r"model is str, must be a FlexDiT; Sampler\.from_pretrained takes a checkpoint"
+        TypeError, match=r"model is str, must be a FlexDiT, .*; Sampler\.from_pretrained takes a checkpoint"
     ):
         Sampler("folder")
 

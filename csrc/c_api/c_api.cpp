@@ -12,6 +12,9 @@ static_assert(static_cast<int>(DType::float32) == FLEXDIT_FLOAT32 &&
               static_cast<int>(DType::bfloat16) == FLEXDIT_BFLOAT16 &&
               static_cast<int>(DType::float16) == FLEXDIT_FLOAT16 &&
               static_cast<int>(DType::float64) == FLEXDIT_FLOAT64);
+static_assert(static_cast<int>(ModelFamily::dit) == FLEXDIT_DIT &&
+              static_cast<int>(ModelFamily::pixart) == FLEXDIT_PIXART &&
+              static_cast<int>(ModelFamily::latte) == FLEXDIT_LATTE);
 
 thread_local char last_error[2048] = "";  // of a fixed size: telling a failure must not fail
 
@@ -43,11 +46,21 @@ int64_t property_of(const Checkpoint& c, flexdit_property property) {
       return static_cast<int64_t>(c.dtype);
     case FLEXDIT_PATCH_SIZE:
       return c.config.patch_size;
+    case FLEXDIT_FAMILY:
+      return static_cast<int64_t>(c.config.family);
+    case FLEXDIT_NUM_FRAMES:
+      return c.config.num_frames;
+    case FLEXDIT_CAPTION_CHANNELS:
+      return c.config.caption_channels;
+    case FLEXDIT_MAX_CAPTION_TOKENS:
+      return c.config.max_caption_tokens;
+    case FLEXDIT_SIZE_CONDITIONS:
+      return c.config.size_conditions;
     case FLEXDIT_NUM_PARAMETERS:
       for (const Matrix& m : c.parameters) count += m.rows * m.cols;
       return count;
   }
-  throw ArgumentError("property is " + std::to_string(property) + ", must be one of flexdit_property, 0 to 9");
+  throw ArgumentError("property is " + std::to_string(property) + ", must be one of flexdit_property, 0 to 14");
 }
 
 }  // namespace

@@ -1,8 +1,10 @@
 // Sampling through the C interface.
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
 
 #include "c_api/internal.h"
+#include "io/cast.h"
 
 using namespace flexdit;
 using namespace flexdit::c_api;
@@ -27,6 +29,8 @@ constexpr int64_t kMaxThreads = 1024;
 // Sizes of the structs when they came: less is none of them. Members are only ever added behind.
 template <class Struct>
 constexpr size_t kFirstSize = sizeof(Struct);
+template <>
+constexpr size_t kFirstSize<flexdit_request> = offsetof(flexdit_request, caption);
 
 constexpr flexdit_model_options kModelDefaults = {
     .size = sizeof(flexdit_model_options), .device = FLEXDIT_CPU, .device_index = 0, .threads = 0, .stream = nullptr};
@@ -43,7 +47,16 @@ constexpr flexdit_request kRequestDefaults = {.size = sizeof(flexdit_request),
                                               .height = 0,
                                               .width = 0,
                                               .sparse_height = 0,
-                                              .sparse_width = 0};
+                                              .sparse_width = 0,
+                                              .caption = nullptr,
+                                              .caption_tokens = 0,
+                                              .null_caption = nullptr,
+                                              .null_caption_tokens = 0,
+                                              .caption_dtype = FLEXDIT_FLOAT32,
+                                              .sparse_frames = 0,
+                                              .frames = 0,
+                                              .resolution = {0, 0},
+                                              .aspect_ratio = 0};
 flexdit_session_options session_defaults() {
   const SessionOptions o;
   return {sizeof(flexdit_session_options), o.max_batch, o.queue_capacity, o.guided_channels, o.modulation_bytes};
@@ -92,11 +105,40 @@ Execution execution_from(const flexdit_model_options& o) {
   return {static_cast<Device>(o.device), static_cast<int>(o.threads), o.device_index, o.stream};
 }
 
+CaptionInput caption_from(const char* name, const void* values, int64_t tokens, flexdit_dtype dtype,
+                          const Config& config) {
+  const std::string what = std::string("request.") + name;
+  require(!values || config.caption_channels > 0, what + " is not NULL, but the model reads no captions");
+  require(values ? tokens >= 1 && tokens <= config.max_caption_tokens : tokens == 0,
+          what + "_tokens is " + std::to_string(tokens) +
+              (values ? ", must lie in [1, " + std::to_string(config.max_caption_tokens) + "]"
+                      : ", must be 0 where " + std::string(name) + " is NULL"));
+  require(dtype >= FLEXDIT_FLOAT32 && dtype <= FLEXDIT_FLOAT64,
+          "request.caption_dtype is " + std::to_string(dtype) + ", must be one of the FLEXDIT_ dtypes, 0 to 3");
+  const int64_t count = tokens * config.caption_channels;
+  CaptionInput out{.rows = std::vector<double>(static_cast<size_t>(count)), .tokens = tokens};
+  io::cast(values, static_cast<DType>(dtype), out.rows.data(), DType::float64, count);
+  return out;
+}
+
+std::optional<Grid> sparse_grid_from(const flexdit_request& r) {
+  for (const auto& [name, side] : {std::pair("height", r.sparse_height), std::pair("width", r.sparse_width)})
+    require(side >= 0 && side <= INT32_MAX && (side > 0) == (r.sparse_height > 0),
+            std::string("request.sparse_") + name + " is " + std::to_string(side) +
+                ", must be positive, or 0 together with the other side");
+  require(r.sparse_frames >= 0 && (r.sparse_frames == 0 || r.sparse_height > 0),
+          "request.sparse_frames is " + std::to_string(r.sparse_frames) +
+              ", must be positive together with the other sides, or 0");
+  if (r.sparse_height == 0) return {};
+  return Grid{std::max<int32_t>(1, r.sparse_frames), static_cast<int32_t>(r.sparse_height),
+              static_cast<int32_t>(r.sparse_width)};
+}
+
 SampleRequest request_from(const flexdit_request& r, const Config& config) {
   require(r.sampler >= FLEXDIT_DDIM && r.sampler <= FLEXDIT_HEUN,
           "request.sampler is " + std::to_string(r.sampler) + ", must be one of flexdit_sampler, 0 to 4");
   require(r.clip_x0 == 0 || r.clip_x0 == 1, "request.clip_x0 is " + std::to_string(r.clip_x0) + ", must be 0 or 1");
-  SampleRequest out{
+  return {
       .label = r.label,
       .seed = r.seed,
       .steps = sampler_steps(static_cast<SamplerKind>(r.sampler), r.steps, r.eta, config.learned_variance()),
@@ -105,14 +147,13 @@ SampleRequest request_from(const flexdit_request& r, const Config& config) {
       .guidance_end = r.guidance_end,
       .height = r.height,
       .width = r.width,
-      .clip_x0 = r.clip_x0 == 1};
-  for (const auto& [name, side] : {std::pair("height", r.sparse_height), std::pair("width", r.sparse_width)})
-    require(side >= 0 && side <= INT32_MAX && (side > 0) == (r.sparse_height > 0),
-            std::string("request.sparse_") + name + " is " + std::to_string(side) +
-                ", must be positive, or 0 together with the other side");
-  if (r.sparse_height > 0)
-    out.sparse_grid = Grid{1, static_cast<int32_t>(r.sparse_height), static_cast<int32_t>(r.sparse_width)};
-  return out;
+      .sparse_grid = sparse_grid_from(r),
+      .clip_x0 = r.clip_x0 == 1,
+      .caption = caption_from("caption", r.caption, r.caption_tokens, r.caption_dtype, config),
+      .null_caption = caption_from("null_caption", r.null_caption, r.null_caption_tokens, r.caption_dtype, config),
+      .frames = r.frames,
+      .resolution = {r.resolution[0], r.resolution[1]},
+      .aspect_ratio = r.aspect_ratio};
 }
 
 template <class Value>
@@ -216,6 +257,14 @@ flexdit_status flexdit_image_shape(const flexdit_image* image, int64_t shape[3])
     require_pointer(image, "image");
     require_pointer(shape, "shape");
     shape[0] = image->value.channels, shape[1] = image->value.height, shape[2] = image->value.width;
+  });
+}
+
+flexdit_status flexdit_image_frames(const flexdit_image* image, int64_t* frames) {
+  return guarded([&] {
+    require_pointer(image, "image");
+    require_pointer(frames, "frames");
+    *frames = image->value.frames;
   });
 }
 

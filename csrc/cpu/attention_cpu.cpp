@@ -37,7 +37,7 @@ int64_t sequences(const Attention& p, int64_t b) {
 }
 Rows sequence(const TokenLayout& layout, bool across_frames, int64_t b, int64_t i) {
   const int64_t begin = layout.offset(b);
-  if (!across_frames) return {begin, layout.offset(b + 1) - begin};
+  if (!across_frames) return {begin, layout.grid(b).tokens()};
   const Grid& grid = layout.grid(b);
   return {begin + i, grid.frames, int64_t{grid.height} * grid.width};
 }

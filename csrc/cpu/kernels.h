@@ -36,7 +36,8 @@
   KERNEL(denoise_step, DenoiseStep)                                 \
   KERNEL(model_input, ModelInput)                                   \
   KERNEL(guidance_combine, GuidanceCombine)                         \
-  KERNEL(gather_rows, GatherRows)
+  KERNEL(gather_rows, GatherRows)                                   \
+  KERNEL(add_tables, AddTables)
 
 namespace flexdit::cpu {
 

@@ -163,4 +163,19 @@ void gather_rows(const GatherRows& p, int threads) {
   for (int64_t b = 0; b < p.out.rows; ++b) std::memcpy(p.out.row_range(b, 1).data, p.rows[b], bytes);
 }
 
+void add_tables(const AddTables& p, int threads) {
+  with_type(p.out.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    const int64_t width = p.x.cols, count = p.out.cols / width;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < p.x.rows * count; ++i) {
+      const int64_t b = i / count, k = i % count;
+      const T *x = row<T>(p.x, b), *table = row<T>(p.table, p.own_tables ? i : k);
+      T* out = row<T>(p.out, b) + k * width;
+#pragma omp simd
+      for (int64_t j = 0; j < width; ++j) store(out, j, load(x, j) + load(table, j));
+    }
+  });
+}
+
 }  // namespace flexdit::cpu::FLEXDIT_ISA

@@ -133,7 +133,7 @@ __device__ __forceinline__ Block block_within_sample(const Geometry& g, int slot
   block.first_other = block.others = 0;
   if (sample < g.batch) {
     block.first_other = g.other[sample].offset;
-    block.others = g.other[sample + 1].offset - g.other[sample].offset;
+    block.others = int(g.other[sample].grid.tokens());
   }
   block.step = 1;
   block.spare = block.others == 0;

@@ -46,6 +46,7 @@ void denoise_step(const DenoiseStep& p, const Execution& exec);
 void model_input(const ModelInput& p, const Execution& exec);
 void guidance_combine(const GuidanceCombine& p, const Execution& exec);
 void gather_rows(const GatherRows& p, const Execution& exec);
+void add_tables(const AddTables& p, const Execution& exec);
 // A timestep outside the schedule takes the first or the last segment, NaN the first.
 void select_tokens(const SelectTokens& p, const Execution& exec);
 

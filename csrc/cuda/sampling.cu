@@ -142,6 +142,19 @@ __global__ void __launch_bounds__(kElementThreads) gather_rows_kernel(GatherRows
   for (int i = 0; i < V; ++i) out[i] = from[column + i];
 }
 
+template <class T, int V>
+__global__ void __launch_bounds__(kElementThreads) add_tables_kernel(AddTables p) {
+  await_predecessor();
+  const int64_t width = p.x.cols / V, count = p.out.cols / p.x.cols;
+  const int64_t i = element_of_thread() / width, column = element_of_thread() % width * V, b = i / count, k = i % count;
+  if (b >= p.x.rows) return;
+  const auto x = load<V>(row<T>(p.x, b) + column), table = load<V>(row<T>(p.table, p.own_tables ? i : k) + column);
+  Vector<T, V> out;
+#pragma unroll
+  for (int j = 0; j < V; ++j) out.set(j, x[j] + table[j]);
+  store(row<T>(p.out, b) + k * p.x.cols + column, out);
+}
+
 }  // namespace
 
 void normal_noise(const NormalNoise& p, const Execution& exec) {
@@ -181,6 +194,16 @@ void gather_rows(const GatherRows& p, const Execution& exec) {
                element_blocks(p.out.rows * (p.out.cols / vector())), kElementThreads, 0, exec, p);
       },
       p.out);
+}
+
+void add_tables(const AddTables& p, const Execution& exec) {
+  with_vector(
+      p.out.dtype, p.x.cols,
+      [&](auto tag, auto vector) {
+        launch({"add_tables", p.out.rows, p.out.cols}, add_tables_kernel<decltype(tag), vector()>,
+               element_blocks(p.out.rows * (p.out.cols / vector())), kElementThreads, 0, exec, p);
+      },
+      p.x, p.table, p.out);
 }
 
 }  // namespace flexdit::cuda

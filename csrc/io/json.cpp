@@ -239,6 +239,27 @@ void JsonReader::null() {
   word("null");
 }
 
+void JsonReader::skip() { skip_nested(0); }
+
+void JsonReader::skip_nested(int depth) {
+  constexpr int kMostDepth = 8;
+  if (depth > kMostDepth) fail("nests too deep");
+  switch (peek()) {
+    case Kind::object:
+      return object([&](const std::string&) { skip_nested(depth + 1); });
+    case Kind::array:
+      return array([&] { skip_nested(depth + 1); });
+    case Kind::string:
+      return void(string());
+    case Kind::number:
+      return void(real());
+    case Kind::boolean:
+      return void(boolean());
+    case Kind::null:
+      return null();
+  }
+}
+
 void JsonReader::end() {
   skip_space();
   if (position_ != text_.size()) fail("nothing may follow the value");

@@ -33,6 +33,8 @@ class JsonReader {
   double real();
   bool boolean();
   void null();
+  // Any value, nested a few levels at most.
+  void skip();
   // Only white space may be left.
   void end();
 
@@ -41,6 +43,7 @@ class JsonReader {
 
  private:
   void expect(Kind kind);
+  void skip_nested(int depth);
   void skip_space();
   bool take(char c);
   std::string quoted_text();

@@ -8,22 +8,22 @@
 #include "io/mapped_file.h"
 #include "io/text.h"
 #include "model/config_json.h"
+#include "model/weights.h"
 
 namespace flexdit {
 namespace {
 
-constexpr const char *kWeightsName = "model.safetensors", *kConfigName = "config.json", *kMetadataKey = "config";
+constexpr const char* kConfigName = "config.json";
 constexpr size_t kNamedTensors = 5;  // at most so many of a kind in a message
 constexpr int64_t kAlignment = 64;
 
 // The configuration and where it was found.
-std::pair<ModelDescription, std::string> find_config(const SafetensorsFile& file) {
-  const std::filesystem::path weights(file.name());
-  const std::string beside = weights.parent_path() / kConfigName, within = "the metadata of " + file.name();
+std::pair<ModelDescription, std::string> find_config(const Weights& weights) {
+  const std::string beside = std::filesystem::path(weights.name()).parent_path() / kConfigName;
+  const std::string within = "the metadata of " + weights.name();
   const auto from_metadata = [&]() -> std::optional<ModelDescription> {
-    const auto found = file.metadata().find(kMetadataKey);
-    if (found == file.metadata().end()) return {};
-    return parse_config(found->second, within);
+    if (!weights.config()) return {};
+    return parse_config(*weights.config(), within);
   };
   const auto from_file = [&]() -> std::optional<ModelDescription> {
     try {
@@ -33,10 +33,10 @@ std::pair<ModelDescription, std::string> find_config(const SafetensorsFile& file
       return {};
     }
   };
-  const bool file_first = weights.filename() == kWeightsName;
+  const bool file_first = weights.usual_name();
   if (auto first = file_first ? from_file() : from_metadata()) return {*first, file_first ? beside : within};
   if (auto second = file_first ? from_metadata() : from_file()) return {*second, file_first ? within : beside};
-  throw CheckpointError(file.name() + " has no configuration: neither " + kConfigName +
+  throw CheckpointError(weights.name() + " has no configuration: neither " + kConfigName +
                         " beside it nor one in its metadata");
 }
 
@@ -62,18 +62,18 @@ std::string listed(const char* what, const std::vector<std::string>& names) {
 }
 
 // The file's tensor for every parameter. Throws unless the file has exactly these, in their shapes and of a DType.
-std::vector<const SafetensorsEntry*> match(const SafetensorsFile& file, const Config& c, const std::string& source) {
+std::vector<const SafetensorsEntry*> match(const Weights& weights, const Config& c, const std::string& source) {
   const std::string refusal = source + " does not fit the model";
   const int64_t module = c.generation_blocks + c.sparse_blocks + c.recovery_blocks + c.dense_blocks;
   const int64_t depth = c.num_pooling_blocks + c.num_sdtm * module + c.num_dense_blocks;
   // First, so that a wrong number asks for no memory.
-  if (depth > static_cast<int64_t>(file.entries().size()))
+  if (depth > static_cast<int64_t>(weights.entries().size()))
     throw CheckpointError(refusal + "; " + std::to_string(depth) + " blocks, only " +
-                          std::to_string(file.entries().size()) + " tensors");
+                          std::to_string(weights.entries().size()) + " tensors");
   std::vector<const SafetensorsEntry*> entries;
   std::vector<std::string> missing, unexpected, misshaped, not_floating;
   for (const ParameterSpec& spec : model_parameters(c)) {
-    const SafetensorsEntry* entry = entries.emplace_back(file.find(spec.name));
+    const SafetensorsEntry* entry = entries.emplace_back(weights.find(spec.name));
     if (!entry) {
       missing.push_back(spec.name);
     } else if (const auto shape = shape_of(spec, c); entry->shape != shape) {
@@ -84,8 +84,8 @@ std::vector<const SafetensorsEntry*> match(const SafetensorsFile& file, const Co
   }
   std::vector<const SafetensorsEntry*> expected = entries;
   std::sort(expected.begin(), expected.end());
-  for (const SafetensorsEntry& entry : file.entries())
-    if (!std::binary_search(expected.begin(), expected.end(), &entry)) unexpected.push_back(io::quoted(entry.name));
+  for (const SafetensorsEntry* entry : weights.entries())
+    if (!std::binary_search(expected.begin(), expected.end(), entry)) unexpected.push_back(io::quoted(entry->name));
   const std::string problems = listed("missing", missing) + listed("unexpected", unexpected) +
                                listed("misshaped", misshaped) +
                                listed("not float32, bfloat16, float16 or float64", not_floating);
@@ -94,7 +94,7 @@ std::vector<const SafetensorsEntry*> match(const SafetensorsFile& file, const Co
 }
 
 struct Storage {
-  SafetensorsFile file;
+  Weights weights;
   std::unique_ptr<std::byte[], void (*)(std::byte*)> converted{
       nullptr, [](std::byte* p) { ::operator delete[](p, std::align_val_t(kAlignment)); }};
 
@@ -113,15 +113,13 @@ int64_t padded(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * k
 }  // namespace
 
 Checkpoint Checkpoint::load(const std::string& path, std::optional<DType> dtype) {
-  std::error_code unknown;  // then opening it says what is wrong
-  const bool folder = std::filesystem::is_directory(path, unknown);
-  const auto storage = std::make_shared<Storage>(
-      Storage{SafetensorsFile(folder ? (std::filesystem::path(path) / kWeightsName).string() : path)});
-  auto [description, source] = find_config(storage->file);
+  const auto storage = std::make_shared<Storage>(Storage{Weights(path)});
+  const Weights& weights = storage->weights;
+  auto [description, source] = find_config(weights);
   const Config& config = description.config;
-  const auto entries = match(storage->file, config, storage->file.name() + " with the configuration in " + source);
+  const auto entries = match(weights, config, weights.name() + " with the configuration in " + source);
   const std::vector<ParameterSpec> specs = model_parameters(config);
-  const DType target = dtype ? *dtype : *dtype_of(storage->file.find("patch_embed.weight")->dtype);
+  const DType target = dtype ? *dtype : *dtype_of(weights.find("patch_embed.weight")->dtype);
   int64_t bytes = 0;
   for (size_t i = 0; i < specs.size(); ++i)
     if (!usable_in_place(*entries[i], target)) bytes += padded(specs[i].rows * specs[i].cols * size_of(target));
@@ -140,6 +138,7 @@ Checkpoint Checkpoint::load(const std::string& path, std::optional<DType> dtype)
   }
   return {.config = config,
           .schedule = std::move(description.schedule),
+          .names_schedule = description.names_schedule,
           .dtype = target,
           .num_classes = description.num_classes,
           .has_null_class = description.has_null_class,

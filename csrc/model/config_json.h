@@ -1,4 +1,4 @@
-// A model's configuration as flexdit_ext/config.py writes it.
+// A model's configuration as flexdit_ext/config.py and config_single.py write it.
 #pragma once
 
 #include <string>
@@ -11,12 +11,13 @@ namespace flexdit {
 struct ModelDescription {
   Config config;
   DensitySchedule schedule;
+  bool names_schedule;  // else it is the default one
   int64_t num_classes;
   bool has_null_class;
 };
 
-// Keys that are left out have FlexDiTConfig's defaults. `source` is what messages call the text.
-// Throws CheckpointError naming the field.
+// Keys that are left out have the defaults of FlexDiTConfig, or of the class that "_class_name" names. `source` is what
+// messages call the text. Throws CheckpointError naming the field.
 ModelDescription parse_config(std::string_view json, const std::string& source);
 
 }  // namespace flexdit

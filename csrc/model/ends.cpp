@@ -67,7 +67,6 @@ ConditionWorkspace plan_condition(int64_t batch, int64_t c, int64_t features, DT
 
 // The first layer and its activation, in forward and again in backward.
 ConditionWorkspace embed_timestep(const ConditionForward& p, const Execution& exec) {
-  require(p.parameters.size() == 5, "condition: parameters must hold 5 tensors");
   Arena arena(p.workspace);
   const auto w = plan_condition(p.features.rows, p.parameters[0].rows, p.features.cols, p.features.dtype, arena);
   linear({.x = p.features, .weight = p.parameters[0], .bias = p.parameters[1], .y = w.hidden}, exec);
@@ -130,12 +129,15 @@ int64_t condition_workspace_bytes(int64_t batch, int64_t hidden, int64_t feature
 }
 
 void condition_forward(const ConditionForward& p, const Execution& exec) {
+  const bool labels = p.parameters.size() == 5;
+  require(labels || p.parameters.size() == 4, "condition: parameters must hold 5 tensors, or 4 without labels");
   const ConditionWorkspace w = embed_timestep(p, exec);
   linear({.x = w.activated, .weight = p.parameters[2], .bias = p.parameters[3], .y = p.out}, exec);
-  label_embedding({.labels = p.labels, .table = p.parameters[4], .x = p.out}, exec);
+  if (labels) label_embedding({.labels = p.labels, .table = p.parameters[4], .x = p.out}, exec);
 }
 
 void condition_backward(const ConditionBackward& p, const Execution& exec) {
+  require(p.parameters.size() == 5, "condition: parameters must hold 5 tensors");
   const ConditionWorkspace w = embed_timestep(p, exec);
   require(p.grad_parameters.size() == 5, "condition: grad_parameters must hold 5 tensors");
   linear_backward({.x = w.activated,

@@ -4,40 +4,71 @@
 #include <cmath>
 
 #include "io/cast.h"
+#include "model/family.h"
 
 namespace flexdit {
 namespace {
 
 constexpr size_t kMaxPlans = 32;
-constexpr int64_t kMaxPositionRows = 1 << 14;  // of tables that may be wanted again
-
-// DiT's fixed sin-cos embedding of a grid: half of the columns for x, half for y, each as sines and cosines of
-// w_i = 10000^(-i / (C / 4)). Source: DiT (after MAE), arXiv 2212.09748.
-std::vector<double> sincos_positions(const Grid& grid, int64_t c) {
-  const int64_t quarter = c / 4;
-  std::vector<double> table(static_cast<size_t>(grid.tokens() * c));
-  for (int64_t n = 0; n < grid.tokens(); ++n) {
-    const double at[2] = {double(n % grid.width), double(n / grid.width % grid.height)};
-    for (int64_t half = 0; half < 2; ++half)
-      for (int64_t i = 0; i < quarter; ++i) {
-        const double angle = at[half] * std::pow(10000., -double(i) / double(quarter));
-        double* to = table.data() + n * c + half * 2 * quarter + i;
-        to[0] = std::sin(angle), to[quarter] = std::cos(angle);
-      }
-  }
-  for (double& value : table) value = static_cast<float>(value);  // as the model's own buffer is made
-  return table;
+// The frames of samples as samples of their own, and how many positions those have in all.
+std::vector<Grid> frames_of(const std::vector<Grid>& grids) {
+  std::vector<Grid> frames;
+  for (const Grid& g : grids) frames.insert(frames.end(), static_cast<size_t>(g.frames), {1, g.height, g.width});
+  return frames;
 }
+int64_t positions_of(const std::vector<Grid>& grids) {
+  int64_t positions = 0;
+  for (const Grid& g : grids) positions += int64_t{g.height} * g.width;
+  return positions;
+}
+
+// Host tables, all int32, that go to the device at once.
+class Tables {
+ public:
+  size_t add(const void* data, int64_t count) {
+    const size_t at = all_.size();
+    all_.resize(at + static_cast<size_t>(count));
+    std::memcpy(all_.data() + at, data, static_cast<size_t>(count) * sizeof(int32_t));
+    return at;
+  }
+  size_t add(const std::vector<int32_t>& values) { return add(values.data(), std::ssize(values)); }
+  struct Place {
+    size_t table, row_map;
+    int64_t batch;
+  };
+  Place add(const TokenLayout& l) { return {add(l.table, 4 * (l.batch + 1)), add(l.row_map, l.total()), l.batch}; }
+
+  Buffer upload(Uploader& uploader, const Execution& exec) {
+    const auto bytes = static_cast<int64_t>(all_.size() * sizeof(int32_t));
+    Buffer buffer(bytes, exec);
+    uploader.upload(buffer.data(), all_.data(), bytes, exec);
+    return buffer;
+  }
+  static const int32_t* at(const Buffer& buffer, size_t place) { return buffer.as<const int32_t>() + place; }
+  static TokenLayout at(const Buffer& buffer, const Place& p) {
+    return {reinterpret_cast<const LayoutRow*>(at(buffer, p.table)), p.batch, at(buffer, p.row_map)};
+  }
+
+ private:
+  std::vector<int32_t> all_;
+};
 
 }  // namespace
 
-// What the device reads anew in every step: StepNumbers of the samples, then the addresses of the modulation rows.
+// What the device reads anew in every step: StepNumbers of the samples, then the addresses of the modulation rows, then
+// where the captions lie. So a graph serves whoever comes.
 struct Engine::Block {
   std::vector<StepNumbers> numbers;
   std::vector<const void*> rows;
+  std::vector<LayoutRow> captions;
 
-  int64_t numbers_bytes() const { return static_cast<int64_t>(numbers.size() * sizeof(StepNumbers)); }
-  int64_t rows_bytes() const { return static_cast<int64_t>(rows.size() * sizeof(void*)); }
+  static int64_t rows_at(int64_t samples) { return samples * int64_t{sizeof(StepNumbers)}; }
+  static int64_t captions_at(int64_t samples, int64_t passes) {
+    return rows_at(samples) + passes * int64_t{sizeof(void*)};
+  }
+  static int64_t bytes(int64_t samples, int64_t passes) {
+    return captions_at(samples, passes) + (passes + 1) * int64_t{sizeof(LayoutRow)};
+  }
 };
 
 struct Engine::Plan {
@@ -46,7 +77,9 @@ struct Engine::Plan {
   int64_t rows = 0, model_rows = 0, sparse_rows = 0;
   Buffer tables;  // on the device:
   TokenLayout layout, model_layout, sparse_layout;
-  const int32_t *sample_of_pass = nullptr, *position_offsets = nullptr;
+  TokenLayout frames, sparse_frames;  // of the model's layouts, for FlexLatte
+  int64_t positions = 0, sparse_positions = 0;
+  const int32_t *sample_of_pass = nullptr, *position_offsets = nullptr, *time_offsets = nullptr;
   Repeated work;
 };
 
@@ -56,13 +89,22 @@ Engine::Engine(std::shared_ptr<const SamplingModel> model, int64_t guided_channe
       exec_(prepared_.exec),
       state_(prepared_.dtype == DType::float64 ? DType::float64 : DType::float32),
       guided_channels_(guided_channels),
-      patch_area_(prepared_.config.patch_size * prepared_.config.patch_size) {}
+      patch_area_(prepared_.config.patch_size * prepared_.config.patch_size),
+      positions_(prepared_),
+      captions_(prepared_) {}
 
 Engine::~Engine() = default;
 
 void Engine::arrange(std::vector<Occupant> occupants) {
+  const auto sizes = [](const std::vector<Occupant>& of) {
+    std::vector<Grid> out;
+    for (const Occupant& o : of) out.push_back(o.dense);
+    return out;
+  };
   reserve_model(occupants);
-  if (add_positions(occupants)) plans_.clear();
+  if (captions_.reserve(occupants)) forget_graphs();
+  if (positions_.add(sizes(occupants), sizes(occupants_))) plans_.clear();
+  captions_.enter();
   place(occupants);
   occupants_ = std::move(occupants);
 }
@@ -80,7 +122,7 @@ void Engine::reserve_model(const std::vector<Occupant>& occupants) {
   const int64_t size = size_of(prepared_.dtype), state = values * size_of(state_);
   const int64_t output = plan.model_rows * c.out_channels * patch_area_ * size;
   const int64_t modulation = plan.passes * model_modulation_columns(c) * size;
-  const int64_t block = plan.samples * int64_t{sizeof(StepNumbers)} + plan.passes * int64_t{sizeof(void*)};
+  const int64_t block = Block::bytes(plan.samples, plan.passes);
   bool moved = false;
   const auto reserve = [&](Buffer& buffer, int64_t bytes) { moved |= buffer.reserve(bytes, exec_); };
   // States move with their contents; the rest holds nothing between steps.
@@ -107,44 +149,6 @@ void Engine::reserve_model(const std::vector<Occupant>& occupants) {
 
 void Engine::forget_graphs() {
   for (Plan& plan : plans_) plan.work.forget();
-}
-
-// Tables of sizes that were not there before; true if all tables have moved. Those that nobody here has stay as long as
-// there is little of them, whatever sizes come by.
-bool Engine::add_positions(const std::vector<Occupant>& occupants) {
-  const int64_t c = prepared_.config.hidden, row_bytes = c * size_of(prepared_.dtype);
-  std::vector<Grid> sizes;
-  int64_t rows = 0;
-  const auto add = [&](const Grid& grid) {
-    if (std::find(sizes.begin(), sizes.end(), grid) == sizes.end()) sizes.push_back(grid), rows += grid.tokens();
-  };
-  const auto known = [&](const Grid& grid) {
-    return std::any_of(position_rows_.begin(), position_rows_.end(), [&](const auto& k) { return k.first == grid; });
-  };
-  for (const Occupant& o : occupants) add(o.dense);
-  if (std::all_of(sizes.begin(), sizes.end(), known)) return false;
-  for (const Occupant& o : occupants_) add(o.dense);
-  for (const auto& [grid, row] : position_rows_)
-    if (rows + grid.tokens() <= kMaxPositionRows) add(grid);
-  Buffer tables(rows * row_bytes, exec_);
-  std::vector<std::pair<Grid, int32_t>> places;
-  int64_t row = 0;
-  for (const Grid& grid : sizes) {
-    char* to = tables.as<char>() + row * row_bytes;
-    if (grid == prepared_.config.dense_grid()) {
-      copy_bytes(to, prepared_.parameters[0].data, grid.tokens() * row_bytes, exec_);
-    } else {
-      const auto values = sincos_positions(grid, c);
-      std::vector<std::byte> bytes(static_cast<size_t>(grid.tokens() * row_bytes));
-      io::cast(values.data(), DType::float64, bytes.data(), prepared_.dtype, grid.tokens() * c);
-      uploader_.upload(to, bytes.data(), grid.tokens() * row_bytes, exec_);
-    }
-    places.emplace_back(grid, static_cast<int32_t>(row));
-    row += grid.tokens();
-  }
-  synchronize(exec_);  // the old tables may be in use
-  positions_ = std::move(tables), position_rows_ = std::move(places), position_count_ = rows;
-  return true;
 }
 
 // Moves the states of those who stay to their new places and fills in those who come.
@@ -208,51 +212,38 @@ Engine::Plan& Engine::plan_for(Key key) {
   return plans_.front();
 }
 
-// The model's batch: a pass for every sample's label, then one with the null label for those that are guided.
+// The model's batch: a pass for every sample's conditions, then an unconditional one for those that are guided.
 void Engine::make_tables(Plan& plan) {
   const Key& key = plan.key;
   std::vector<Grid> dense = key.dense, sparse = key.sparse;
-  std::vector<int32_t> samples, offsets;
+  std::vector<int32_t> samples, offsets, times;
   for (size_t b = 0; b < key.dense.size(); ++b) samples.push_back(static_cast<int32_t>(b));
   for (size_t b = 0; b < key.dense.size(); ++b)
     if (key.guided[b]) {
       samples.push_back(static_cast<int32_t>(b));
       dense.push_back(key.dense[b]), sparse.push_back(key.sparse[b]);
     }
-  for (const Grid& grid : dense)
-    for (const auto& [size, row] : position_rows_)
-      if (size == grid) offsets.push_back(row);
+  for (const Grid& grid : dense) offsets.push_back(positions_.position(grid)), times.push_back(positions_.time(grid));
   const HostLayout layout(key.dense), model_layout(dense), sparse_layout(sparse);
-  plan.samples = static_cast<int64_t>(key.dense.size()), plan.passes = static_cast<int64_t>(dense.size());
+  plan.samples = std::ssize(key.dense), plan.passes = std::ssize(dense);
   plan.rows = layout.view().total(), plan.model_rows = model_layout.view().total();
   plan.sparse_rows = prepared_.config.num_sdtm ? sparse_layout.view().total() : 0;
+  plan.positions = positions_of(dense), plan.sparse_positions = positions_of(sparse);
+  const bool clips = prepared_.config.family == ModelFamily::latte;
+  const HostLayout frames(clips ? frames_of(dense) : std::vector<Grid>());
+  const HostLayout sparse_frames(clips ? frames_of(sparse) : std::vector<Grid>());
 
-  // All of it is int32 and goes to the device at once.
-  std::vector<int32_t> all;
-  const auto add = [&](const void* data, int64_t count) {
-    const size_t at = all.size();
-    all.resize(at + static_cast<size_t>(count));
-    std::memcpy(all.data() + at, data, static_cast<size_t>(count) * sizeof(int32_t));
-    return at;
-  };
-  const auto add_layout = [&](const TokenLayout& l) {
-    const size_t table = add(l.table, 4 * (l.batch + 1));
-    return std::pair(table, add(l.row_map, l.total()));
-  };
-  const auto at_layout = add_layout(layout.view()), at_model = add_layout(model_layout.view()),
-             at_sparse = add_layout(sparse_layout.view());
-  const size_t at_samples = add(samples.data(), std::ssize(samples)),
-               at_offsets = add(offsets.data(), std::ssize(offsets));
-  const auto bytes = static_cast<int64_t>(all.size() * sizeof(int32_t));
-  plan.tables = Buffer(bytes, exec_);
-  uploader_.upload(plan.tables.data(), all.data(), bytes, exec_);
-  const auto* first = plan.tables.as<const int32_t>();
-  const auto layout_at = [&](const auto& at, int64_t batch) -> TokenLayout {
-    return {reinterpret_cast<const LayoutRow*>(first + at.first), batch, first + at.second};
-  };
-  plan.layout = layout_at(at_layout, plan.samples);
-  plan.model_layout = layout_at(at_model, plan.passes), plan.sparse_layout = layout_at(at_sparse, plan.passes);
-  plan.sample_of_pass = first + at_samples, plan.position_offsets = first + at_offsets;
+  Tables all;
+  const auto at_layout = all.add(layout.view()), at_model = all.add(model_layout.view()),
+             at_sparse = all.add(sparse_layout.view()), at_frames = all.add(frames.view()),
+             at_sparse_frames = all.add(sparse_frames.view());
+  const size_t at_samples = all.add(samples), at_offsets = all.add(offsets), at_times = all.add(times);
+  plan.tables = all.upload(uploader_, exec_);
+  plan.layout = Tables::at(plan.tables, at_layout);
+  plan.model_layout = Tables::at(plan.tables, at_model), plan.sparse_layout = Tables::at(plan.tables, at_sparse);
+  plan.frames = Tables::at(plan.tables, at_frames), plan.sparse_frames = Tables::at(plan.tables, at_sparse_frames);
+  plan.sample_of_pass = Tables::at(plan.tables, at_samples);
+  plan.position_offsets = Tables::at(plan.tables, at_offsets), plan.time_offsets = Tables::at(plan.tables, at_times);
 }
 
 ModelForward Engine::forward_of(const Plan& plan) const {
@@ -263,9 +254,18 @@ ModelForward Engine::forward_of(const Plan& plan) const {
   p.layout = plan.model_layout;
   if (c.num_sdtm) p.sparse_layout = plan.sparse_layout;
   p.rows = plan.model_rows, p.sparse_rows = plan.sparse_rows;
-  p.positions = {{positions_.data(), position_count_, c.hidden, c.hidden, prepared_.dtype}, plan.position_offsets};
+  p.positions = {positions_.rows(), plan.position_offsets};
+  if (c.family == ModelFamily::latte) {
+    p.frames = plan.frames, p.max_positions = plan.positions, p.times = {positions_.rows(), plan.time_offsets};
+    if (c.num_sdtm) p.sparse_frames = plan.sparse_frames, p.max_sparse_positions = plan.sparse_positions;
+  }
   p.prepared = {
       {modulation_.data(), plan.passes, columns, columns, prepared_.dtype}, prepared_.folded, prepared_.packed};
+  p.prepared.caption_kv = captions_.keys_and_values();
+  if (!p.prepared.caption_kv.empty()) {
+    const char* at = block_.as<char>() + Block::captions_at(plan.samples, plan.passes);
+    p.prepared.caption_layout = {reinterpret_cast<const LayoutRow*>(at), plan.passes};
+  }
   return p;
 }
 
@@ -274,8 +274,8 @@ void Engine::run(const Plan& plan, const Execution& exec) {
   const ModelForward p = forward_of(plan);
   const auto* numbers = block_.as<const StepNumbers>();
   for (const Buffer* buffer : {&modulation_, &input_, &output_}) buffer->discard();
-  gather_rows({.rows = reinterpret_cast<const void* const*>(numbers + plan.samples), .out = p.prepared.modulation},
-              exec);
+  const auto* rows = reinterpret_cast<const void* const*>(block_.as<char>() + Block::rows_at(plan.samples));
+  gather_rows({.rows = rows, .out = p.prepared.modulation}, exec);
   model_input({.samples = plan.sample_of_pass,
                .layout = plan.layout,
                .model_layout = plan.model_layout,
@@ -304,6 +304,17 @@ void Engine::run(const Plan& plan, const Execution& exec) {
                exec);
 }
 
+// Where each pass of the model reads its caption.
+std::vector<LayoutRow> Engine::caption_layout(std::span<const StepOrder> orders) const {
+  if (captions_.keys_and_values().empty()) return {};
+  std::vector<LayoutRow> layout;
+  for (const Occupant& o : occupants_) layout.push_back(captions_.place(o, false));
+  for (size_t b = 0; b < orders.size(); ++b)
+    if (orders[b].null_modulation) layout.push_back(captions_.place(occupants_[b], true));
+  layout.push_back(captions_.end());
+  return layout;
+}
+
 void Engine::step(std::span<const StepOrder> orders) {
   if (orders.empty()) return;
   if (!reserved_) reserve_model(occupants_);
@@ -320,10 +331,15 @@ void Engine::step(std::span<const StepOrder> orders) {
   }
   for (const StepOrder& order : orders)
     if (order.null_modulation) block.rows.push_back(order.null_modulation);
+  block.captions = caption_layout(orders);
   Plan& plan = plan_for(std::move(key));
   block_.discard();
-  uploader_.upload(block_.data(), block.numbers.data(), block.numbers_bytes(), exec_);
-  uploader_.upload(block_.as<char>() + block.numbers_bytes(), block.rows.data(), block.rows_bytes(), exec_);
+  const auto upload = [&](int64_t at, const auto& values) {
+    uploader_.upload(block_.as<char>() + at, values.data(), static_cast<int64_t>(std::as_bytes(std::span(values)).size()),
+                     exec_);
+  };
+  upload(0, block.numbers), upload(Block::rows_at(plan.samples), block.rows);
+  if (!block.captions.empty()) upload(Block::captions_at(plan.samples, plan.passes), block.captions);
   plan.work.run(exec_, [&](const Execution& exec) { run(plan, exec); });
 }
 

@@ -5,23 +5,17 @@
 #include <list>
 #include <map>
 
-#include "model/sampling_model.h"
+#include "model/captions.h"
+#include "model/positions.h"
 
 namespace flexdit {
-
-// An image under way. Its state stays in the engine from step to step.
-struct Occupant {
-  int64_t id;
-  Grid dense;  // its tokens
-  uint64_t seed;
-};
 
 // What an occupant does in a step.
 struct StepOrder {
   Grid sparse;
   StepNumbers numbers;              // the model's samples are filled in by the engine
   const void* modulation;           // a row of model_modulation's, on the device
-  const void* null_modulation;      // the same for the null label, or null: not guided
+  const void* null_modulation;      // the same for the unconditional pass, or null: not guided
 };
 
 class Engine {
@@ -49,11 +43,10 @@ class Engine {
 
   Plan& plan_for(Key key);
   void make_tables(Plan& plan);
-  PositionTable positions_of(const Plan& plan) const;
   void reserve_model(const std::vector<Occupant>& occupants);
-  bool add_positions(const std::vector<Occupant>& occupants);
   void place(const std::vector<Occupant>& occupants);
   ModelForward forward_of(const Plan& plan) const;
+  std::vector<LayoutRow> caption_layout(std::span<const StepOrder> orders) const;
   void run(const Plan& plan, const Execution& exec);
   void forget_graphs();
   int64_t values_of(const Grid& dense) const { return dense.tokens() * prepared_.config.in_channels * patch_area_; }
@@ -67,9 +60,8 @@ class Engine {
   Buffer x_, x0_, spare_;  // packed states; spare_ while they move
   Buffer input_, output_, modulation_, workspace_, block_;
   bool reserved_ = false;  // all of these are there
-  Buffer positions_;
-  std::vector<std::pair<Grid, int32_t>> position_rows_;  // where each size's table begins
-  int64_t position_count_ = 0;
+  PositionTables positions_;
+  CaptionStore captions_;
   Uploader uploader_;
   std::list<Plan> plans_;  // the last used first
 };

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 
-#include "model/block_plans.h"
 #include "model/walk.h"
 #include "ops/message.h"
 
@@ -88,20 +87,20 @@ class Backward {
 
   void embed() {
     PatchEmbedBackward patch;
-    patch.parameters = p_.parameters.subspan(kPatchEmbed, 2);
+    patch.parameters = p_.parameters.subspan(walk_.places.patch_embed, 2);
     patch.image = walk_.image(p_.grad_x);
     patch.layout = walk_.layout();
     patch.grad_out = grads_.dense[0];
-    patch.grad_parameters = gradients(kPatchEmbed, 2);
+    patch.grad_parameters = gradients(walk_.places.patch_embed, 2);
     patch.workspace = grads_.temporary;
     patch_embed_backward(patch, exec_);
     ConditionBackward condition;
-    condition.parameters = p_.parameters.subspan(kCondition, 5);
+    condition.parameters = p_.parameters.subspan(walk_.places.timestep, 5);
     condition.features = p_.timestep_features ? p_.timestep_features : walk_.features;
     condition.labels = p_.labels;
     condition.workspace = grads_.temporary;
     condition.grad_out = grads_.condition;
-    condition.grad_parameters = gradients(kCondition, 5);
+    condition.grad_parameters = gradients(walk_.places.timestep, 5);
     condition_backward(condition, exec_);
   }
 
@@ -112,16 +111,39 @@ class Backward {
 };
 
 // Of model_parameters, without its names: this runs before every pass.
-size_t parameter_count(const std::vector<BlockKind>& blocks) {
-  constexpr size_t kFinal = 4;
-  size_t count = kFirstBlock + kFinal;
-  for (const BlockKind kind : blocks) count += block_parameter_count(kind);
+size_t parameter_count(const Config& c) {
+  size_t count = parameter_places(c).first_block + final_parameters(c);
+  const auto kinds = model_blocks(c);
+  for (size_t k = 0; k < kinds.size(); ++k) count += model_block_parameters(c, kinds[k], k);
   return count;
+}
+
+void require_trained_here(const Config& c) {
+  if (shares_modulation(c))
+    throw ArgumentError("model: config.family is FlexPixArt or FlexLatte, whose gradients Python's block ops compute");
+}
+
+// What a model with a shared modulation needs besides.
+void check_shared(const ModelForward& p) {
+  const Config& c = p.config;
+  const auto require = [](bool holds, const auto&... parts) {
+    if (!holds) refuse("model: ", parts...);
+  };
+  require(!p.context, "context is for backward, which FlexPixArt and FlexLatte do not have here");
+  require(bool(p.prepared.modulation), "prepared.modulation is missing, FlexPixArt and FlexLatte need it");
+  require(bool(p.positions), "positions is missing, FlexPixArt and FlexLatte need it");
+  require(std::ssize(p.prepared.caption_kv) == cross_blocks(c), "prepared.caption_kv holds ",
+          p.prepared.caption_kv.size(), " matrices, must hold ", cross_blocks(c));
+  require(p.prepared.caption_kv.empty() || p.prepared.caption_layout.batch == p.batch,
+          "prepared.caption_layout has ", p.prepared.caption_layout.batch, " samples, must have ", p.batch);
+  if (c.family != ModelFamily::latte) return;
+  require(p.frames.table && (p.sparse_frames.table || c.num_sdtm == 0), "frames or sparse_frames is missing");
+  require(p.times || !time_place(c), "times is missing");
 }
 
 void check(const ModelForward& p, const Execution& exec) {
   const Config& c = p.config;
-  const size_t wanted = parameter_count(model_blocks(c));
+  const size_t wanted = parameter_count(c);
   const auto require = [](bool holds, const auto&... parts) {
     if (!holds) refuse("model: ", parts...);
   };
@@ -130,7 +152,7 @@ void check(const ModelForward& p, const Execution& exec) {
           "config has modules without a generation or a recovery block");
   require(c.num_sdtm == 0 || p.sparse_layout.batch == p.batch, "sparse_layout has ", p.sparse_layout.batch,
           " samples, must have ", p.batch);
-  require(p.t || p.timestep_features || p.prepared.modulation, "t and timestep_features are both missing");
+  require(shares_modulation(c) || p.t || p.timestep_features || p.prepared.modulation, "t and timestep_features are both missing");
   require(p.layout.table || exec.device == Device::cpu, "layout is missing");
   require(!p.layout.table || p.layout.batch == p.batch, "layout has ", p.layout.batch, " samples, must have ", p.batch);
   const ModelPrepared& prepared = p.prepared;
@@ -143,6 +165,7 @@ void check(const ModelForward& p, const Execution& exec) {
           Shape{p.batch, model_modulation_columns(c)});
   const bool any = prepared.modulation || !prepared.packed.empty() || !prepared.folded.empty();
   require(!any || !p.context, "prepared is for inference, a context keeps what backward needs");
+  if (shares_modulation(c)) check_shared(p);
 }
 
 // For measuring: nothing is carved.
@@ -168,74 +191,17 @@ int64_t backward_bytes(const ModelForward& p, const Walk& walk) {
 
 }  // namespace
 
-std::vector<ParameterSpec> model_parameters(const Config& c) {
-  const int64_t values = c.patch_size * c.patch_size, h = c.hidden;
-  std::vector<ParameterSpec> specs = {
-      {"pos_embed", c.dense_grid().tokens(), h},
-      {"patch_embed.weight", h, c.in_channels * values},
-      {"patch_embed.bias", 1, h},
-      {"timestep_embed.fc1.weight", h, c.timestep_features},
-      {"timestep_embed.fc1.bias", 1, h},
-      {"timestep_embed.fc2.weight", h, h},
-      {"timestep_embed.fc2.bias", 1, h},
-      {"label_embed.weight", c.label_rows, h},
-  };
-  const auto add = [&](const std::string& prefix, int64_t count, BlockKind kind) {
-    for (int64_t i = 0; i < count; ++i)
-      for (auto& spec : block_parameters(kind, h, c.mlp_hidden))
-        specs.push_back({prefix + "." + std::to_string(i) + "." + spec.name, spec.rows, spec.cols});
-  };
-  add("pooling_blocks", c.num_pooling_blocks, BlockKind::pooling);
-  for (int64_t i = 0; i < c.num_sdtm; ++i) {
-    const std::string module = "sdtm." + std::to_string(i);
-    add(module + ".generation", c.generation_blocks, BlockKind::generation);
-    add(module + ".sparse", c.sparse_blocks, BlockKind::dense);
-    add(module + ".recovery", c.recovery_blocks, BlockKind::recovery);
-    add(module + ".dense", c.dense_blocks, BlockKind::dense);
-  }
-  add("dense_blocks", c.num_dense_blocks, BlockKind::dense);
-  specs.push_back({"final_layer.modulation.weight", 2 * h, h});
-  specs.push_back({"final_layer.modulation.bias", 1, 2 * h});
-  specs.push_back({"final_layer.linear.weight", c.out_channels * values, h});
-  specs.push_back({"final_layer.linear.bias", 1, c.out_channels * values});
-  return specs;
+int64_t model_context_bytes(const ModelForward& p) {
+  require_trained_here(p.config);
+  return Walk(without_memory(p), true, nullptr).context_bytes();
 }
-
-std::vector<BlockKind> model_blocks(const Config& c) {
-  std::vector<BlockKind> kinds;
-  const auto add = [&](int64_t count, BlockKind kind) { kinds.insert(kinds.end(), static_cast<size_t>(count), kind); };
-  add(c.num_pooling_blocks, BlockKind::pooling);
-  for (int64_t i = 0; i < c.num_sdtm; ++i) {
-    add(c.generation_blocks, BlockKind::generation);
-    add(c.sparse_blocks, BlockKind::dense);
-    add(c.recovery_blocks, BlockKind::recovery);
-    add(c.dense_blocks, BlockKind::dense);
-  }
-  add(c.num_dense_blocks, BlockKind::dense);
-  return kinds;
-}
-
-int64_t model_macs(const Config& c, Grid sparse) {
-  const int64_t n = c.dense_grid().tokens(), m = sparse.tokens(), h = c.hidden, values = c.patch_size * c.patch_size;
-  const auto mlp = [&](int64_t tokens) { return 2 * tokens * h * c.mlp_hidden + 6 * h * h; };  // and its modulation
-  const auto self = [&](int64_t tokens) { return 4 * tokens * h * h + 2 * tokens * tokens * h + mlp(tokens); };
-  const int64_t pooling = 2 * h * h + mlp(n);
-  const int64_t cross = 2 * n * m * h;
-  const int64_t generation = (2 * m + 2 * n) * h * h + cross + mlp(m);
-  const int64_t recovery = (m + n) * h * h + (2 * n + 2 * m) * h * h + cross + mlp(n);
-  const int64_t module = c.generation_blocks * generation + c.sparse_blocks * self(m) + c.recovery_blocks * recovery +
-                         c.dense_blocks * self(n);
-  const int64_t ends = n * h * values * (c.in_channels + c.out_channels) + 2 * h * h + (c.timestep_features + h) * h;
-  return ends + c.num_pooling_blocks * pooling + c.num_sdtm * module + c.num_dense_blocks * self(n);
-}
-
-int64_t model_context_bytes(const ModelForward& p) { return Walk(without_memory(p), true, nullptr).context_bytes(); }
 
 int64_t model_workspace_bytes(const ModelForward& p, bool keeps_context) {
   return Walk(without_memory(p), keeps_context, nullptr).workspace_bytes();
 }
 
 int64_t model_backward_workspace_bytes(const ModelForward& p) {
+  require_trained_here(p.config);
   const ModelForward measured = without_memory(p);
   const Walk walk(measured, true, nullptr);
   return walk.workspace_bytes() + backward_bytes(measured, walk);
@@ -247,6 +213,7 @@ void model_forward(const ModelForward& p, const Execution& exec) {
 }
 
 void model_backward(const ModelBackward& p, const Execution& exec) {
+  require_trained_here(p.config);
   check(p, exec);
   if (p.grad_parameters.size() != p.parameters.size())
     throw ArgumentError("model: grad_parameters must hold as many tensors as parameters");
@@ -254,47 +221,6 @@ void model_backward(const ModelBackward& p, const Execution& exec) {
   Arena arena(static_cast<char*>(p.workspace) + walk.workspace_bytes());
   GradientBuffers grads(p, walk, arena);
   Backward(p, walk, grads, exec).run();
-}
-
-namespace {
-
-struct ModulationWorkspace {
-  Matrix features, condition;  // [S, F], [S, C]
-  void* temporary;
-};
-
-ModulationWorkspace plan_modulation(const Config& c, int64_t samples, DType dtype, Arena& arena) {
-  ModulationWorkspace w;
-  w.features = arena.matrix(samples, c.timestep_features, dtype);
-  w.condition = arena.matrix(samples, c.hidden, dtype);
-  w.temporary = arena.bytes(condition_workspace_bytes(samples, c.hidden, c.timestep_features, dtype));
-  return w;
-}
-
-}  // namespace
-
-int64_t model_modulation_columns(const Config& c) {
-  return (6 * static_cast<int64_t>(model_blocks(c).size()) + 2) * c.hidden;
-}
-
-int64_t model_modulation_workspace_bytes(const Config& config, int64_t samples, DType dtype) {
-  Arena arena;
-  plan_modulation(config, samples, dtype, arena);
-  return arena.used();
-}
-
-void model_modulation(const ModelModulation& p, const Execution& exec) {
-  Arena arena(p.workspace);
-  const auto w = plan_modulation(p.config, p.out.rows, p.out.dtype, arena);
-  timestep_embedding({.t = p.t, .out = w.features, .shift = p.config.timestep_shift}, exec);
-  condition_forward({.parameters = p.parameters.subspan(kCondition, 5),
-                     .features = w.features,
-                     .labels = p.labels,
-                     .out = w.condition,
-                     .workspace = w.temporary},
-                    exec);
-  silu({.x = w.condition, .y = w.condition}, exec);
-  linear({.x = w.condition, .weight = p.weight, .bias = p.bias, .y = p.out, .packed = p.packed}, exec);
 }
 
 }  // namespace flexdit

@@ -2,11 +2,15 @@
 
 #include "flexdit/checkpoint.h"
 #include "model/arena.h"
+#include "model/family.h"
 
 namespace flexdit {
 namespace {
 
-bool is_modulation(const std::string& name) { return name.find("modulation.") != std::string::npos; }
+// A modulation layer or table: those lie together.
+bool is_modulation(const std::string& name) {
+  return name.find("modulation.") != std::string::npos || name.ends_with("modulation_table");
+}
 
 // A linear layer's weight that the blocks use, which oneDNN likes packed. The ends' are small.
 bool is_packed_weight(const ParameterSpec& spec) {
@@ -19,7 +23,29 @@ void copy_matrix(const Matrix& from, const Matrix& to, const Execution& exec) {
   copy_bytes(to.data, from.data, to.rows * to.cols * size_of(to.dtype), exec);
 }
 
-void check(const SamplingModelOptions& o, const std::vector<ParameterSpec>& specs) {
+// Of FlexPixArt and FlexLatte: what their parameters' shapes do not tell.
+void check_family(const Config& c) {
+  const auto require = [](bool holds, const std::string& message) {
+    if (!holds) throw ArgumentError("sampling model: " + message);
+  };
+  const bool latte = c.family == ModelFamily::latte;
+  require(c.num_frames >= 1 && (latte || c.num_frames == 1),
+          "config.num_frames is " + std::to_string(c.num_frames) + ", must be " + (latte ? "at least 1" : "1"));
+  require(c.caption_channels == 0 || (shares_modulation(c) && c.max_caption_tokens >= 1),
+          "config.caption_channels is " + std::to_string(c.caption_channels) +
+              ", only FlexPixArt and FlexLatte read captions, with max_caption_tokens of at least 1");
+  require(!c.size_conditions || (shares_modulation(c) && c.hidden % 3 == 0),
+          "config.size_conditions is set, which only FlexPixArt and FlexLatte have, with hidden a multiple of 3");
+  if (!shares_modulation(c)) return;
+  require(c.hidden % 4 == 0, "config.hidden is " + std::to_string(c.hidden) + ", must be a multiple of 4");
+  require(c.position_scale > 0, "config.position_scale must be above 0");
+  require(!model_blocks(c).empty(), "config has no blocks");
+}
+
+// The options' config, if nothing is wrong.
+const Config& checked(const SamplingModelOptions& o) {
+  check_family(o.config);
+  const auto specs = model_parameters(o.config);
   const auto require = [](bool holds, const std::string& message) {
     if (!holds) throw ArgumentError("sampling model: " + message);
   };
@@ -36,19 +62,31 @@ void check(const SamplingModelOptions& o, const std::vector<ParameterSpec>& spec
   require(o.null_label >= -1 && o.null_label < o.config.label_rows, "null_label is " + std::to_string(o.null_label) +
                                                                         ", must be -1 for none or lie in [0, " +
                                                                         std::to_string(o.config.label_rows) + ")");
-  if (o.config.num_sdtm == 0) return;
+  if (o.config.num_sdtm == 0 || !o.schedule) return o.config;
   const Grid dense = o.config.dense_grid();
-  for (const Grid& g : o.schedule.grids())
+  for (const Grid& g : o.schedule->grids())
     require(g.frames <= dense.frames && g.height <= dense.height && g.width <= dense.width,
             "schedule has a grid that is larger than the dense one");
+  return o.config;
+}
+
+DensitySchedule schedule_of(const SamplingModelOptions& o) {
+  if (o.schedule) return *o.schedule;
+  if (o.config.num_sdtm == 0) return DensitySchedule({Grid{}});
+  return default_schedule(o.config, o.config.dense_grid());
 }
 
 }  // namespace
 
 SamplingModel::Prepared::Prepared(const SamplingModelOptions& o)
-    : config(o.config), schedule(o.schedule), dtype(o.dtype), null_label(o.null_label), exec(o.exec) {
-  check(o, model_parameters(config));
+    : config(checked(o)),
+      schedule(schedule_of(o)),
+      own_schedule(o.schedule.has_value()),
+      dtype(o.dtype),
+      null_label(o.null_label),
+      exec(o.exec) {
   take_modulations(o.parameters);
+  if (shares_modulation(config)) take_tables(o.parameters);
   take_parameters(o.parameters);
   synchronize(exec);  // the caller's parameters may go now
 }
@@ -86,8 +124,9 @@ void SamplingModel::Prepared::take_parameters(std::span<const Matrix> from) {
   for (size_t i = 0; i < from.size(); ++i)
     if (parameters[i].data) copy_matrix(from[i], parameters[i], exec);
   size_t block = 0;
-  for (size_t i = 0; folds && i < specs.size(); ++i) {
-    if (!specs[i].name.ends_with("attn.v.weight")) continue;  // then its bias, and proj's weight and bias
+  for (size_t i = 0; i < specs.size(); ++i) {
+    if (specs[i].name.ends_with("cross.kv.weight")) cross_kv.push_back(i);
+    if (!folds || !specs[i].name.ends_with("attn.v.weight")) continue;  // then its bias, and proj's weight and bias
     // The caller's may lie on the host; these have been copied to the device.
     fold(parameters[i + 2], parameters[i], parameters[i + 3], parameters[i + 1], folded[2 * block], folded[2 * block + 1]);
     ++block;
@@ -103,7 +142,7 @@ void SamplingModel::Prepared::fold(const Matrix& w_o, const Matrix& w_v, const M
 
 void SamplingModel::Prepared::take_modulations(std::span<const Matrix> from) {
   const auto specs = model_parameters(config);
-  const int64_t c = config.hidden, columns = model_modulation_columns(config);
+  const int64_t c = config.hidden, columns = shares_modulation(config) ? 6 * c : model_modulation_columns(config);
   modulation_storage = Buffer((c + 1) * columns * size_of(dtype), exec);
   modulation_weight = {modulation_storage.data(), columns, c, c, dtype};
   modulation_bias = {modulation_weight.row_range(columns, 0).data, 1, columns, columns, dtype};
@@ -114,7 +153,25 @@ void SamplingModel::Prepared::take_modulations(std::span<const Matrix> from) {
     copy_matrix(from[i + 1], modulation_bias.columns(row, specs[i].rows), exec);
     row += specs[i].rows;
   }
+  pack_modulation();
+}
+
+void SamplingModel::Prepared::take_tables(std::span<const Matrix> from) {
+  const auto specs = model_parameters(config);
+  const int64_t c = config.hidden, rows = model_modulation_columns(config) / c;
+  table_storage = Buffer(rows * c * size_of(dtype), exec);
+  modulation_tables = {table_storage.data(), rows, c, c, dtype};
+  int64_t row = 0;
+  for (size_t i = 0; i < specs.size(); ++i) {
+    if (!specs[i].name.ends_with("modulation_table")) continue;
+    copy_matrix(from[i], modulation_tables.row_range(row, specs[i].rows), exec);
+    row += specs[i].rows;
+  }
+}
+
+void SamplingModel::Prepared::pack_modulation() {
   if (exec.device != Device::cpu) return;
+  const int64_t columns = modulation_weight.rows;
   modulation_packed = pack_weight(modulation_weight, exec);
   if (!modulation_packed) return;
   Buffer bias(columns * size_of(dtype), exec);  // the packed weight replaces the plain one
@@ -132,9 +189,11 @@ int64_t SamplingModel::null_label() const { return prepared_->null_label; }
 const Execution& SamplingModel::execution() const { return prepared_->exec; }
 
 std::shared_ptr<const SamplingModel> prepare_sampling(const Checkpoint& checkpoint, const Execution& exec) {
+  std::optional<DensitySchedule> schedule;
+  if (checkpoint.names_schedule || checkpoint.config.family == ModelFamily::dit) schedule = checkpoint.schedule;
   return std::make_shared<SamplingModel>(
       SamplingModelOptions{.config = checkpoint.config,
-                           .schedule = checkpoint.schedule,
+                           .schedule = schedule,
                            .parameters = checkpoint.parameters,
                            .dtype = checkpoint.dtype,
                            .null_label = checkpoint.has_null_class ? checkpoint.num_classes : -1,

@@ -5,7 +5,7 @@
 #include <limits>
 #include <sstream>
 
-#include "flexdit/tensor.h"
+#include "flexdit/model.h"
 
 namespace flexdit {
 namespace {
@@ -144,6 +144,20 @@ DensitySchedule DensitySchedule::continuous(double r_min, double r_max, Grid den
     begins.push_back(t);
   }
   return DensitySchedule(std::move(grids), std::move(begins), num_timesteps);
+}
+
+DensitySchedule default_schedule(const Config& c, Grid dense) {
+  if (c.family == ModelFamily::dit) throw ArgumentError("config has no schedule, and FlexDiT has no default one");
+  const bool latte = c.family == ModelFamily::latte;
+  // For 16 tokens, or frames, a side.
+  std::vector<Grid> grids = {{16, 11, 11}, {16, 9, 9}, {16, 8, 8}, {16, 7, 7}};
+  if (latte) grids = {{8, 6, 6}, {6, 6, 6}, {4, 6, 6}, {4, 6, 6}};
+  const auto scaled = [](int32_t part, int32_t side) {  // halves to even, as Python rounds
+    return std::max(1, static_cast<int32_t>(std::nearbyint(double(part) * side / 16)));
+  };
+  for (Grid& g : grids)
+    g = {scaled(g.frames, dense.frames), scaled(g.height, dense.height), scaled(g.width, dense.width)};
+  return DensitySchedule(std::move(grids));
 }
 
 }  // namespace flexdit

@@ -2,21 +2,16 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
 #include <deque>
 #include <mutex>
 #include <string>
 
 #include "model/engine.h"
+#include "model/family.h"
+#include "model/request.h"
 
 namespace flexdit {
 namespace {
-
-std::string text(double value) {
-  char out[32];
-  std::snprintf(out, sizeof out, "%g", value);
-  return out;
-}
 
 // Rows of model_modulation for some steps of a request; requests that were computed together share the table.
 struct Modulations {
@@ -25,17 +20,45 @@ struct Modulations {
   size_t begin = 0, end = 0;  // steps
 };
 
+// What the passes of a request read, and its unconditional ones.
+struct Captions {
+  Caption own, null;
+};
+
+// Takes them out of the request.
+Captions captions_of(SampleRequest& r) {
+  const auto take = [](CaptionInput& caption) {
+    return caption.tokens ? std::make_shared<const CaptionInput>(std::move(caption)) : Caption();
+  };
+  Captions captions{take(r.caption), take(r.null_caption)};
+  if (r.guidance == 1) captions.null = nullptr;
+  return captions;
+}
+
 struct Active {
   int64_t id;
   SampleRequest request;
   Grid dense;
+  Captions captions = {};
   size_t next = 0;  // step
-  Modulations modulations;
+  Modulations modulations = {};
 
   bool done() const { return next == request.steps.size(); }
-  int64_t rows_per_step() const { return request.guidance == 1 ? 1 : 2; }
   bool guided(const SamplerStep& step) const {
     return request.guidance != 1 && step.timestep >= request.guidance_begin && step.timestep <= request.guidance_end;
+  }
+};
+
+// What rows of model_modulation depend on.
+struct ModulationInputs {
+  std::vector<double> t, resolution, aspect_ratio;
+  std::vector<int64_t> labels;
+
+  int64_t rows() const { return std::ssize(t); }
+  int64_t bytes() const { return rows() * 5 * 8; }
+  void add(const SampleRequest& r, double timestep, int64_t label) {
+    t.push_back(timestep), labels.push_back(label);
+    resolution.insert(resolution.end(), {r.resolution[0], r.resolution[1]}), aspect_ratio.push_back(r.aspect_ratio);
   }
 };
 
@@ -47,12 +70,12 @@ class Session::Implementation {
       : model_(given(std::move(model))),
         prepared_(model_->prepared()),
         options_(checked(options)),
-        engine_(model_, options.guided_channels ? options.guided_channels
-                                                : std::min<int64_t>(3, prepared_.config.in_channels)) {}
+        engine_(model_, options.guided_channels ? options.guided_channels : guided_channels(prepared_.config)) {}
 
   int64_t add(SampleRequest request) {
     Active one{.id = 0, .request = std::move(request), .dense = {}};
-    one.dense = check(one.request);
+    one.dense = check_request(prepared_, one.request);
+    one.captions = captions_of(one.request);
     const std::lock_guard lock(mutex_);
     if (static_cast<int64_t>(queue_.size()) >= options_.queue_capacity)
       throw QueueFull("the queue is full: " + std::to_string(options_.queue_capacity) +
@@ -125,6 +148,10 @@ class Session::Implementation {
     if (!holds) throw ArgumentError(message);
   }
 
+  static int64_t guided_channels(const Config& c) {
+    return c.family == ModelFamily::dit ? std::min<int64_t>(3, c.in_channels) : c.in_channels;
+  }
+
   static std::shared_ptr<const SamplingModel> given(std::shared_ptr<const SamplingModel> model) {
     require(model != nullptr, "model is missing");
     return model;
@@ -140,46 +167,6 @@ class Session::Implementation {
     require(o.modulation_bytes >= 0,
             "modulation_bytes is " + std::to_string(o.modulation_bytes) + ", must be at least 0");
     return o;
-  }
-
-  // Everything that could be wrong with a request; returns its dense grid.
-  Grid check(SampleRequest& r) const {
-    const Config& c = prepared_.config;
-    require(r.label >= 0 && r.label < c.label_rows,
-            "label is " + std::to_string(r.label) + ", must lie in [0, " + std::to_string(c.label_rows) + ")");
-    require(!r.steps.empty(), "steps is empty, must hold at least one step");
-    const double last = static_cast<double>(prepared_.schedule.num_timesteps());
-    for (const SamplerStep& step : r.steps) {
-      require(step.timestep >= 0 && step.timestep <= last,
-              "a step's timestep is " + text(step.timestep) + ", must lie in [0, " + text(last) + "]");
-      require(!step.learned_variance || c.learned_variance(),
-              "learned_variance is set, but the model has no variance channels");
-    }
-    require(r.steps[0].x0_previous_coef == 0, "the first step reads the x0 of a step before it");
-    require(r.guidance >= 0 && std::isfinite(r.guidance),
-            "guidance is " + text(r.guidance) + ", must be finite and at least 0");
-    require(r.guidance == 1 || prepared_.null_label >= 0,
-            "guidance is " + text(r.guidance) + ", but the model has no null class: only 1 is allowed");
-    require(r.guidance_begin <= r.guidance_end,
-            "guidance_begin is " + text(r.guidance_begin) + ", must be at most guidance_end, " + text(r.guidance_end));
-    if (r.height == 0) r.height = c.input_height;
-    if (r.width == 0) r.width = c.input_width;
-    constexpr int64_t kMaxSide = 1 << 14;
-    for (const auto& [name, side] : {std::pair("height", r.height), std::pair("width", r.width)})
-      require(side > 0 && side % c.patch_size == 0 && side <= kMaxSide,
-              std::string(name) + " is " + std::to_string(side) + ", must be a multiple of the patch size " +
-                  std::to_string(c.patch_size) + " from it to " + std::to_string(kMaxSide));
-    const Grid dense{1, static_cast<int32_t>(r.height / c.patch_size), static_cast<int32_t>(r.width / c.patch_size)};
-    require(dense == c.dense_grid() || c.hidden % 4 == 0,
-            "height and width must be the model's: its hidden size is no multiple of 4, as position tables need");
-    if (r.sparse_grid) {
-      const Grid& g = *r.sparse_grid;
-      require(g.frames == 1 && g.height >= 1 && g.width >= 1 && g.height <= dense.height && g.width <= dense.width,
-              "sparse_grid is (" + std::to_string(g.height) + ", " + std::to_string(g.width) +
-                  "), must lie within the dense grid (" + std::to_string(dense.height) + ", " +
-                  std::to_string(dense.width) + ")");
-    }
-    return dense;
   }
 
   // Takes cancelled requests out and lets queued ones in. Who does not fit fails alone.
@@ -249,7 +236,7 @@ class Session::Implementation {
                                                    [](const Occupant& o, const Active& a) { return o.id == a.id; });
     if (same) return;
     std::vector<Occupant> occupants;
-    for (const Active& a : active_) occupants.push_back({a.id, a.dense, a.request.seed});
+    for (const Active& a : active_) occupants.push_back({a.id, a.dense, a.request.seed, a.captions.own, a.captions.null});
     engine_.arrange(std::move(occupants));
   }
 
@@ -260,7 +247,7 @@ class Session::Implementation {
     for (const Active& a : active_) {
       const SampleRequest& r = a.request;
       const SamplerStep& s = r.steps[a.next];
-      const int64_t row = a.modulations.row + static_cast<int64_t>(a.next - a.modulations.begin) * a.rows_per_step();
+      const int64_t row = a.modulations.row + static_cast<int64_t>(a.next - a.modulations.begin) * modulation_rows(a);
       const char* at = a.modulations.table->as<char>() + row * columns;
       StepOrder order{.sparse = sparse_grid(a, s.timestep),
                       .numbers = {.x0_from_x = s.x0_from_x,
@@ -277,7 +264,7 @@ class Session::Implementation {
                                   .learned_variance = s.learned_variance,
                                   .clip_x0 = r.clip_x0},
                       .modulation = at,
-                      .null_modulation = a.guided(s) ? at + columns : nullptr};
+                      .null_modulation = a.guided(s) ? at + (modulation_rows(a) - 1) * columns : nullptr};
       orders.push_back(order);
     }
     engine_.step(orders);
@@ -285,12 +272,18 @@ class Session::Implementation {
     finish();
   }
 
-  // The schedule is for the config's grid; other sizes get the same share of each side.
+  // Of modulations: the unconditional pass has its own where it has a label of its own.
+  int64_t modulation_rows(const Active& a) const { return a.request.guidance == 1 || prepared_.null_label < 0 ? 1 : 2; }
+
   Grid sparse_grid(const Active& a, double timestep) const {
     if (a.request.sparse_grid) return *a.request.sparse_grid;
-    if (prepared_.config.num_sdtm == 0) return {1, 1, 1};
-    const Grid grid = prepared_.schedule.grid(timestep), dense = prepared_.config.dense_grid();
-    if (a.dense == dense) return grid;
+    const Config& c = prepared_.config;
+    if (c.num_sdtm == 0) return {1, 1, 1};
+    const Grid dense = c.dense_grid();
+    if (a.dense == dense || (shares_modulation(c) && prepared_.own_schedule)) return prepared_.schedule.grid(timestep);
+    if (shares_modulation(c)) return default_schedule(c, a.dense).grid(timestep);
+    // FlexDiT's is for the config's grid; other sizes get the same share of each side.
+    const Grid grid = prepared_.schedule.grid(timestep);
     const auto side = [](int32_t sparse, int32_t own, int32_t other) {
       return std::clamp(static_cast<int32_t>(std::lround(double(sparse) * other / own)), 1, other);
     };
@@ -302,7 +295,7 @@ class Session::Implementation {
     std::vector<Active*> needy;
     int64_t rows_per_step = 0;
     for (Active& a : active_) {
-      rows_per_step += a.rows_per_step();
+      rows_per_step += modulation_rows(a);
       if (a.next == a.modulations.end) needy.push_back(&a);
     }
     if (needy.empty()) return;
@@ -310,48 +303,53 @@ class Session::Implementation {
     const int64_t columns = model_modulation_columns(c);
     const int64_t step_bytes = rows_per_step * columns * size_of(prepared_.dtype);
     const auto ahead = static_cast<size_t>(std::max<int64_t>(1, options_.modulation_bytes / step_bytes));
-    std::vector<double> t;
-    std::vector<int64_t> labels;
+    ModulationInputs in;
     std::vector<Modulations> made;
     for (const Active* a : needy) {
       const size_t end = std::min(a->next + ahead, a->request.steps.size());
-      made.push_back({nullptr, static_cast<int64_t>(t.size()), a->next, end});
+      made.push_back({nullptr, in.rows(), a->next, end});
       for (size_t i = a->next; i < end; ++i) {
-        t.push_back(a->request.steps[i].timestep), labels.push_back(a->request.label);
-        if (a->rows_per_step() == 2) t.push_back(t.back()), labels.push_back(prepared_.null_label);
+        in.add(a->request, a->request.steps[i].timestep, a->request.label);
+        if (modulation_rows(*a) == 2) in.add(a->request, a->request.steps[i].timestep, prepared_.null_label);
       }
     }
-    const auto rows = static_cast<int64_t>(t.size());
-    auto table = std::make_shared<Buffer>(rows * columns * size_of(prepared_.dtype), prepared_.exec);
-    compute_modulations(t, labels, {table->data(), rows, columns, columns, prepared_.dtype});
+    auto table = std::make_shared<Buffer>(in.rows() * columns * size_of(prepared_.dtype), prepared_.exec);
+    compute_modulations(in, {table->data(), in.rows(), columns, columns, prepared_.dtype});
     for (size_t i = 0; i < needy.size(); ++i) made[i].table = table, needy[i]->modulations = made[i];
   }
 
-  void compute_modulations(const std::vector<double>& t, const std::vector<int64_t>& labels, const Matrix& out) {
+  void compute_modulations(const ModulationInputs& in, const Matrix& out) {
     const Execution& exec = prepared_.exec;
-    const int64_t rows = out.rows, workspace = model_modulation_workspace_bytes(prepared_.config, rows, out.dtype);
-    modulation_workspace_.reserve(workspace + rows * 16, exec);  // and t and labels
-    char* inputs = modulation_workspace_.as<char>() + workspace;
+    int64_t at = model_modulation_workspace_bytes(prepared_.config, out.rows, out.dtype);
+    modulation_workspace_.reserve(at + in.bytes(), exec);
     modulation_workspace_.discard();
-    uploader_.upload(inputs, t.data(), rows * 8, exec);
-    uploader_.upload(inputs + rows * 8, labels.data(), rows * 8, exec);
-    model_modulation({.config = prepared_.config,
+    const auto upload = [&](const auto& values) {
+      char* to = modulation_workspace_.as<char>() + at;
+      const auto bytes = static_cast<int64_t>(std::as_bytes(std::span(values)).size());
+      uploader_.upload(to, values.data(), bytes, exec);
+      at += bytes;
+      return reinterpret_cast<decltype(values.data())>(to);
+    };
+    ModelModulation m{.config = prepared_.config,
                       .parameters = prepared_.parameters,
                       .weight = prepared_.modulation_weight,
                       .bias = prepared_.modulation_bias,
+                      .tables = prepared_.modulation_tables,
                       .packed = prepared_.modulation_packed.get(),
-                      .t = reinterpret_cast<const double*>(inputs),
-                      .labels = reinterpret_cast<const int64_t*>(inputs + rows * 8),
+                      .t = upload(in.t),
                       .out = out,
-                      .workspace = modulation_workspace_.data()},
-                     exec);
+                      .workspace = modulation_workspace_.data()};
+    if (prepared_.config.label_rows) m.labels = upload(in.labels);
+    if (prepared_.config.size_conditions)
+      m.resolution = upload(in.resolution), m.aspect_ratio = upload(in.aspect_ratio);
+    model_modulation(m, exec);
   }
 
   void finish() {
     std::vector<Finished> done;
     for (const Active& a : active_)
       if (a.done())
-        done.push_back({a.id, prepared_.config.in_channels, 1, a.request.height, a.request.width, engine_.read(a.id), ""});
+        done.push_back({a.id, prepared_.config.in_channels, a.request.frames, a.request.height, a.request.width, engine_.read(a.id), ""});
     if (done.empty()) return;
     const std::lock_guard lock(mutex_);
     std::erase_if(active_, [](const Active& a) { return a.done(); });
@@ -368,7 +366,7 @@ class Session::Implementation {
     const auto state = states_.find(a.id);
     if (state == states_.end()) return;
     state->second = RequestState::failed;
-    finished_[a.id] = {a.id, prepared_.config.in_channels, 1, a.request.height, a.request.width, {}, why};
+    finished_[a.id] = {a.id, prepared_.config.in_channels, a.request.frames, a.request.height, a.request.width, {}, why};
   }
 
   void fail_all(const std::string& why) {

@@ -7,7 +7,8 @@
 namespace flexdit {
 
 Walk::Walk(const ModelForward& p, bool keeps_context, const Execution* exec)
-    : p_(p),
+    : places(parameter_places(p.config)),
+      p_(p),
       c_(p.config),
       exec_(exec),
       keeps_(keeps_context),
@@ -33,11 +34,16 @@ Walk::Walk(const ModelForward& p, bool keeps_context, const Execution* exec)
   final_rows = scratch_.matrix(rows_, c_.out_channels * c_.patch_size * c_.patch_size, p.dtype);
 
   embed();
-  for (int64_t i = 0; i < c_.num_pooling_blocks; ++i) tokens = block(BlockKind::pooling, false, tokens);
-  for (int64_t i = 0; i < c_.num_sdtm; ++i) module();
-  for (int64_t i = 0; i < c_.num_dense_blocks; ++i) tokens = block(BlockKind::dense, false, tokens);
+  for (int64_t i = 0; i < c_.num_pooling_blocks; ++i) add_time(), tokens = block(BlockKind::pooling, false, tokens);
+  for (int64_t i = 0; i < c_.num_sdtm; ++i) add_time(), module();
+  for (int64_t i = 0; i < c_.num_dense_blocks; ++i) add_time(), tokens = block(BlockKind::dense, false, tokens);
   final_parameter = next_parameter_;
   finish();
+}
+
+void Walk::add_time() {
+  if (exec_ && time_place(c_) == calls.size())
+    add_position({.x = tokens, .position = p_.times, .layout = layout_}, *exec_);
 }
 
 // A place for tokens: kept for backward, or the one of two buffers that does not hold `busy`.
@@ -54,7 +60,7 @@ void* Walk::temporary(int64_t bytes) {
 }
 
 PositionTable Walk::positions() const {
-  return p_.positions ? p_.positions : PositionTable(p_.parameters[kPosition]);
+  return p_.positions ? p_.positions : PositionTable(p_.parameters[*places.position]);
 }
 
 // Of a block, or of the final layer behind the last.
@@ -64,10 +70,11 @@ Matrix Walk::modulation_of(size_t block) const {
 }
 
 // The norm that the reader of this block's tokens begins with. A pooling block has none, since it averages, nor has a
-// recovery block behind another one, since W_2 comes before its norm.
+// recovery block behind another one, since W_2 comes before its norm, nor has what the temporal embedding is added to.
 NextNorm Walk::next_norm(size_t block, bool sparse) const {
   const size_t next = block + 1;
   const bool last = next == kinds_.size();
+  if (time_place(c_) == next) return {};
   if (!last && kinds_[next] == BlockKind::pooling) return {};
   if (!last && kinds_[next] == BlockKind::recovery && !sparse) return {};
   const Matrix modulation = modulation_of(next);
@@ -84,8 +91,10 @@ BlockPrepared Walk::prepared_for(const BlockCall& call) const {
   if (!fuses_norms()) return out;
   out.modulation = modulation_of(call.index);
   out.next = next_norm(call.index, call.sparse);
+  if (call.shape.style.caption) out.caption_kv = all.caption_kv[cross_index(c_, call.index)];
   // What the block before, or the pooling before a generation block, has left; the model's first block has none.
-  const bool follows = call.index > 0, repeats = follows && kinds_[call.index - 1] == kind;
+  const bool follows = call.index > 0 && time_place(c_) != call.index;
+  const bool repeats = follows && kinds_[call.index - 1] == kind;
   if (kind == BlockKind::generation || (kind == BlockKind::dense && follows)) out.normed_x = normed_[call.sparse];
   if (kind == BlockKind::generation && follows && !repeats) out.normed_other = normed_[0];
   if (kind == BlockKind::recovery && !repeats) out.normed_other = normed_[1];
@@ -128,16 +137,17 @@ Matrix Walk::block(BlockKind kind, bool sparse, const Matrix& x, const Matrix& o
                            .batch = p_.batch,
                            .rows = x.rows,
                            .other_rows = other.rows,
-                           .dtype = p_.dtype},
+                           .dtype = p_.dtype,
+                           .style = style_of(c_, calls.size())},
                  .index = calls.size(),
-                 .first_parameter = next_parameter_,
-                 .num_parameters = block_parameter_count(kind),
+                 .first_parameter = next_parameter_ + shares_modulation(c_),  // its table is in the modulation
+                 .num_parameters = block_parameter_count(kind, style_of(c_, calls.size())),
                  .sparse = sparse,
                  .x = x,
                  .other = other,
                  .out = place(sparse, x),
                  .context = nullptr};
-  next_parameter_ += call.num_parameters;
+  next_parameter_ = call.first_parameter + call.num_parameters;
   if (keeps_) call.context = kept_.bytes(block_context_bytes(call.shape));
   void* workspace = temporary(block_workspace_bytes(call.shape, keeps_));
   if (exec_) block_forward(forward_of(call, workspace), *exec_);
@@ -151,14 +161,14 @@ void Walk::embed() {
   if (!exec_) return;
   if (!fuses_norms()) {
     if (!p_.timestep_features) timestep_embedding({.t = p_.t, .out = features, .shift = c_.timestep_shift}, *exec_);
-    condition_forward({.parameters = parameters(kCondition, 5),
+    condition_forward({.parameters = parameters(places.timestep, 5),
                        .features = p_.timestep_features ? p_.timestep_features : features,
                        .labels = p_.labels,
                        .out = condition,
                        .workspace = workspace},
                       *exec_);
   }
-  patch_embed_forward({.parameters = parameters(kPatchEmbed, 2),
+  patch_embed_forward({.parameters = parameters(places.patch_embed, 2),
                        .image = image(const_cast<void*>(p_.x)),
                        .position = positions(),
                        .layout = layout_,
@@ -170,7 +180,10 @@ void Walk::finish() {
   void* workspace = temporary(final_layer_workspace_bytes(p_.batch, rows_, c_.hidden, final_rows.cols, p_.dtype));
   if (!exec_) return;
   const bool prepared = fuses_norms();
-  final_layer_forward({.parameters = parameters(final_parameter, 4),
+  // A shared modulation has no layer here, but a table, which is in the modulation.
+  const auto own = shares_modulation(c_) ? parameters(final_parameter + 1, 2) : parameters(final_parameter, 4);
+  const Matrix shared[] = {{}, {}, own[0], own[1]};
+  final_layer_forward({.parameters = shares_modulation(c_) ? std::span<const Matrix>(shared) : own,
                        .layout = layout_,
                        .x = tokens,
                        .condition = condition,
@@ -196,7 +209,8 @@ Patches Walk::final_image(void* data) const {
 }
 
 BlockForward Walk::forward_of(const BlockCall& call, void* workspace) const {
-  const bool recovery = call.shape.kind == BlockKind::recovery;
+  const bool recovery = call.shape.kind == BlockKind::recovery, dense = call.shape.kind == BlockKind::dense;
+  const bool within = dense && within_frames(c_, call.index), across = dense && across_frames(c_, call.index);
   return {.shape = call.shape,
           .parameters = parameters(call.first_parameter, call.num_parameters),
           .layout = call.sparse ? p_.sparse_layout : layout_,
@@ -209,7 +223,11 @@ BlockForward Walk::forward_of(const BlockCall& call, void* workspace) const {
           .context = call.context,
           .workspace = workspace,
           .prepared = keeps_ ? BlockPrepared{} : prepared_for(call),
-          .mlp_norm_eps = c_.mlp_norm_eps};
+          .mlp_norm_eps = c_.mlp_norm_eps,
+          .attention_layout = !within ? TokenLayout{} : call.sparse ? p_.sparse_frames : p_.frames,
+          .across_frames = across,
+          .max_positions = !across ? 0 : call.sparse ? p_.max_sparse_positions : p_.max_positions,
+          .caption_layout = call.shape.style.caption ? p_.prepared.caption_layout : TokenLayout{}};
 }
 
 }  // namespace flexdit

@@ -4,12 +4,10 @@
 
 #include <optional>
 
-#include "flexdit/model.h"
 #include "model/arena.h"
+#include "model/family.h"
 
 namespace flexdit {
-
-constexpr size_t kPosition = 0, kPatchEmbed = 1, kCondition = 3, kFirstBlock = 8;  // in model_parameters
 
 struct BlockCall {
   BlockShape shape;
@@ -30,6 +28,7 @@ class Walk {
   // With `exec` the walk computes; without, it only lays the buffers out.
   Walk(const ModelForward& p, bool keeps_context, const Execution* exec);
 
+  const ParameterPlaces places;
   Matrix patches, features, condition, final_rows, tokens;
   std::vector<BlockCall> calls;
   std::vector<Module> modules;
@@ -56,6 +55,7 @@ class Walk {
   NextNorm next_norm(size_t block, bool sparse) const;
   BlockPrepared prepared_for(const BlockCall& call) const;
 
+  void add_time();
   void embed();
   void module();
   Matrix block(BlockKind kind, bool sparse, const Matrix& x, const Matrix& other = {});
@@ -72,7 +72,7 @@ class Walk {
   int64_t rows_ = 0, sparse_rows_ = 0;
   Matrix buffers_[2][2];  // without context: two for dense tokens, two for sparse ones
   Matrix normed_[2];      // with prepared modulations: the norm that the next block begins with, dense and sparse
-  size_t next_parameter_ = kFirstBlock;
+  size_t next_parameter_ = places.first_block;
   int64_t temporary_bytes_ = 0;  // that blocks and ends take besides, one after another in the same place
 };
 

@@ -270,8 +270,13 @@ ModelForward model_fields(const Config& config, const std::vector<Matrix>& param
 }
 
 void bind_whole_model(py::module_& m) {
+  py::enum_<ModelFamily>(m, "ModelFamily", py::module_local())
+      .value("dit", ModelFamily::dit)
+      .value("pixart", ModelFamily::pixart)
+      .value("latte", ModelFamily::latte);
   py::class_<Config>(m, "Config", py::module_local())
       .def(py::init<>())
+      .def("__eq__", &Config::operator==)
       .def_readwrite("input_height", &Config::input_height)
       .def_readwrite("input_width", &Config::input_width)
       .def_readwrite("patch_size", &Config::patch_size)
@@ -290,7 +295,13 @@ void bind_whole_model(py::module_& m) {
       .def_readwrite("num_dense_blocks", &Config::num_dense_blocks)
       .def_readwrite("reinject_position", &Config::reinject_position)
       .def_readwrite("timestep_shift", &Config::timestep_shift)
-      .def_readwrite("mlp_norm_eps", &Config::mlp_norm_eps);
+      .def_readwrite("mlp_norm_eps", &Config::mlp_norm_eps)
+      .def_readwrite("family", &Config::family)
+      .def_readwrite("num_frames", &Config::num_frames)
+      .def_readwrite("caption_channels", &Config::caption_channels)
+      .def_readwrite("max_caption_tokens", &Config::max_caption_tokens)
+      .def_readwrite("size_conditions", &Config::size_conditions)
+      .def_readwrite("position_scale", &Config::position_scale);
   m.def("model_parameters", [](const Config& config) {
     std::vector<std::tuple<std::string, int64_t, int64_t>> specs;
     for (const auto& spec : model_parameters(config)) specs.emplace_back(spec.name, spec.rows, spec.cols);

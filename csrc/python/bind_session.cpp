@@ -10,9 +10,10 @@
 namespace flexdit::python {
 namespace {
 
-// [channels, height, width], float32 or for a float64 model float64.
-py::object image_of(const Finished& f, DType dtype) {
-  const std::vector<py::ssize_t> shape = {f.channels, f.height, f.width};
+// [channels, height, width], of a clip [channels, frames, height, width]; float32 or for a float64 model float64.
+py::object image_of(const Finished& f, DType dtype, bool clip) {
+  std::vector<py::ssize_t> shape = {f.channels, f.height, f.width};
+  if (clip) shape.insert(shape.begin() + 1, f.frames);
   const auto as = [&](auto tag) {
     py::array_t<decltype(tag)> array(shape);
     std::copy(f.image.begin(), f.image.end(), array.mutable_data());
@@ -22,28 +23,40 @@ py::object image_of(const Finished& f, DType dtype) {
 }
 
 // (id, image or None, why it failed)
-py::tuple finished_tuple(const Finished& f, DType dtype) {
-  return py::make_tuple(f.id, f.image.empty() ? py::none() : image_of(f, dtype), f.error);
+py::tuple finished_tuple(const Finished& f, DType dtype, bool clip) {
+  return py::make_tuple(f.id, f.image.empty() ? py::none() : image_of(f, dtype, clip), f.error);
+}
+
+using CaptionArray = py::array_t<double, py::array::c_style | py::array::forcecast>;
+
+// Of an array [tokens, channels], or of None no tokens.
+CaptionInput caption_input(const std::optional<CaptionArray>& caption) {
+  if (!caption) return {};
+  if (caption->ndim() != 2) throw ArgumentError("a caption must be [tokens, channels]");
+  return {{caption->data(), caption->data() + caption->size()}, caption->shape(0)};
 }
 
 class PythonSession {
  public:
   PythonSession(std::shared_ptr<SamplingModel> model, const SessionOptions& options)
-      : dtype_(model->dtype()), session_(std::move(model), options) {}
+      : dtype_(model->dtype()),
+        clips_(model->config().family == ModelFamily::latte),
+        session_(std::move(model), options) {}
 
   Session& session() { return session_; }
   py::object take(int64_t id) {
     const auto finished = session_.take(id);
-    return finished ? py::object(finished_tuple(*finished, dtype_)) : py::none();
+    return finished ? py::object(finished_tuple(*finished, dtype_, clips_)) : py::none();
   }
   py::list take_all() {
     py::list out;
-    for (const Finished& f : session_.take_all()) out.append(finished_tuple(f, dtype_));
+    for (const Finished& f : session_.take_all()) out.append(finished_tuple(f, dtype_, clips_));
     return out;
   }
 
  private:
   DType dtype_;
+  bool clips_;
   Session session_;
 };
 
@@ -73,6 +86,7 @@ void bind_samplers(py::module_& m) {
       py::arg("sampler"), py::arg("steps"), py::arg("eta"), py::arg("learned_variance"),
       "steps: their number, or for ddim and ddpm the timesteps, ascending.");
   m.def("derive_seed", &derive_seed);
+  m.def("default_schedule", &default_schedule);
   m.def("normal_noise", [](const std::vector<uint64_t>& seeds, uint32_t draw, py::object out, int threads) {
     const NormalNoise p{.seeds = seeds.data(), .draw = draw, .out = matrix(out)};
     if (p.out.rows != static_cast<int64_t>(seeds.size())) throw ArgumentError("out must have a row for every seed");
@@ -93,7 +107,7 @@ void bind_session(py::module_& m) {
       .def_readonly("schedule", &Checkpoint::schedule)
       .def_readonly("dtype", &Checkpoint::dtype);
   py::class_<SamplingModel, std::shared_ptr<SamplingModel>>(m, "SamplingModel", py::module_local())
-      .def(py::init([](const Config& config, const DensitySchedule& schedule, const py::sequence& parameters,
+      .def(py::init([](const Config& config, const std::optional<DensitySchedule>& schedule, const py::sequence& parameters,
                        int64_t null_label, const Execution& exec) {
              const auto list = matrices(parameters);
              const SamplingModelOptions options{.config = config,
@@ -124,7 +138,9 @@ void bind_session(py::module_& m) {
           "add",
           [](PythonSession& s, int64_t label, uint64_t seed, std::vector<SamplerStep> steps, double guidance,
              std::pair<double, double> interval, std::pair<int64_t, int64_t> size, std::optional<Grid> grid,
-             bool clip_x0) {
+             bool clip_x0, int64_t frames, const std::optional<CaptionArray>& caption,
+             const std::optional<CaptionArray>& null_caption, std::pair<double, double> resolution,
+             double aspect_ratio) {
             SampleRequest r{.label = label,
                             .seed = seed,
                             .steps = std::move(steps),
@@ -134,12 +150,18 @@ void bind_session(py::module_& m) {
                             .height = size.first,
                             .width = size.second,
                             .sparse_grid = grid,
-                            .clip_x0 = clip_x0};
+                            .clip_x0 = clip_x0,
+                            .caption = caption_input(caption),
+                            .null_caption = caption_input(null_caption),
+                            .frames = frames,
+                            .resolution = {resolution.first, resolution.second},
+                            .aspect_ratio = aspect_ratio};
             const py::gil_scoped_release release;
             return s.session().add(std::move(r));
           },
           py::arg("label"), py::arg("seed"), py::arg("steps"), py::arg("guidance"), py::arg("interval"),
-          py::arg("size"), py::arg("grid"), py::arg("clip_x0"))
+          py::arg("size"), py::arg("grid"), py::arg("clip_x0"), py::arg("frames"), py::arg("caption"),
+          py::arg("null_caption"), py::arg("resolution"), py::arg("aspect_ratio"))
       .def("cancel", [](PythonSession& s, int64_t id) { return s.session().cancel(id); })
       .def("step", [](PythonSession& s) { return s.session().step(); }, py::call_guard<py::gil_scoped_release>())
       .def("state",

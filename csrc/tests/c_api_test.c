@@ -4,6 +4,7 @@
 #include "flexdit/c_api.h"
 
 #include <math.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -34,6 +35,8 @@ static void good_checkpoint(const char* folder) {
   CHECK(get(kept, FLEXDIT_IN_CHANNELS) == 1 && get(kept, FLEXDIT_OUT_CHANNELS) == 2);
   CHECK(get(kept, FLEXDIT_NUM_CLASSES) == 3 && get(kept, FLEXDIT_HAS_NULL_CLASS) == 1);
   CHECK(get(kept, FLEXDIT_NUM_TIMESTEPS) == 1000 && get(kept, FLEXDIT_PATCH_SIZE) == 2);
+  CHECK(get(kept, FLEXDIT_FAMILY) == FLEXDIT_DIT && get(kept, FLEXDIT_NUM_FRAMES) == 1);
+  CHECK(get(kept, FLEXDIT_CAPTION_CHANNELS) == 0 && get(kept, FLEXDIT_SIZE_CONDITIONS) == 0);
   CHECK(get(kept, FLEXDIT_NUM_PARAMETERS) == get(narrow, FLEXDIT_NUM_PARAMETERS));
   CHECK(get(kept, FLEXDIT_NUM_PARAMETERS) == 9564);
   CHECK(get(kept, FLEXDIT_DTYPE) == FLEXDIT_FLOAT32 && get(narrow, FLEXDIT_DTYPE) == FLEXDIT_BFLOAT16);
@@ -55,7 +58,7 @@ static void bad_arguments(const char* folder) {
   CHECK(flexdit_checkpoint_load(folder, FLEXDIT_FLOAT64, &checkpoint) == FLEXDIT_OK);
   CHECK(says("checkpoint is NULL")); /* a success leaves the message */
   CHECK(flexdit_checkpoint_get(checkpoint, FLEXDIT_DTYPE, NULL) == FLEXDIT_INVALID_ARGUMENT && says("value is NULL"));
-  CHECK(flexdit_checkpoint_get(checkpoint, 10, &value) == FLEXDIT_INVALID_ARGUMENT && says("property is 10"));
+  CHECK(flexdit_checkpoint_get(checkpoint, 15, &value) == FLEXDIT_INVALID_ARGUMENT && says("property is 15"));
   CHECK(flexdit_checkpoint_get(checkpoint, -1, &value) == FLEXDIT_INVALID_ARGUMENT && says("property is -1"));
   flexdit_checkpoint_free(checkpoint);
 }
@@ -163,6 +166,9 @@ static void images(const char* folder) {
   CHECK(flexdit_session_take(session, id, &image) == FLEXDIT_OK && image);
   flexdit_session_free(session);
   CHECK(flexdit_image_shape(image, shape) == FLEXDIT_OK && shape[0] == 1 && shape[1] == 4 && shape[2] == 8);
+  CHECK(flexdit_image_frames(image, &id) == FLEXDIT_OK && id == 1);
+  REFUSES(flexdit_image_frames(NULL, &id), "image is NULL");
+  REFUSES(flexdit_image_frames(image, NULL), "frames is NULL");
   CHECK(flexdit_image_copy(image, FLEXDIT_FLOAT64, values, 32) == FLEXDIT_OK);
   CHECK(flexdit_image_copy(image, FLEXDIT_FLOAT32, narrow, 32) == FLEXDIT_OK);
   for (i = 0; i < 32; ++i) {
@@ -215,6 +221,100 @@ static void queues(const char* folder) {
   REFUSES(flexdit_session_state(session, 0, NULL), "state is NULL");
   flexdit_session_free(session);
   flexdit_model_free(model);
+}
+
+/* What a program of an older header passes. */
+static void a_smaller_request(const char* folder) {
+  flexdit_model* model = model_of(folder, FLEXDIT_KEEP_DTYPE);
+  flexdit_session* session = NULL;
+  flexdit_request request = request_of(1, FLEXDIT_DDIM, 2);
+  float values[64], expected[64];
+  int64_t id;
+  CHECK(flexdit_session_create(model, NULL, &session) == FLEXDIT_OK);
+  id = add(session, request);
+  finish(session);
+  take(session, id, expected);
+  memset((char*)&request + offsetof(flexdit_request, caption), 255,
+         sizeof request - offsetof(flexdit_request, caption)); /* is not read */
+  request.size = offsetof(flexdit_request, caption);
+  id = add(session, request);
+  finish(session);
+  take(session, id, values);
+  CHECK(memcmp(values, expected, sizeof values) == 0);
+  flexdit_session_free(session);
+  flexdit_model_free(model);
+}
+
+/* Of a label and a caption, and of a caption and a size. */
+static void captions_and_frames(const char* folder) {
+  char path[1000];
+  flexdit_checkpoint* checkpoint = NULL;
+  flexdit_model* model;
+  flexdit_session* session = NULL;
+  flexdit_image* image = NULL;
+  flexdit_request request;
+  const float caption[30] = {0.5f, -1, 2, 0.25f, 3, -2, 1, 1, 0, 0, -1, 4}, null_caption[6] = {1, 0, -1};
+  double values[2 * 8 * 8], wide[30], again[2 * 8 * 8];
+  int64_t ids[2], id = -1, shape[3], frames = 0;
+  int i, differing = 0;
+  CHECK(snprintf(path, sizeof path, "%s_latte", folder) < (int)sizeof path);
+  CHECK(flexdit_checkpoint_load(path, FLEXDIT_FLOAT64, &checkpoint) == FLEXDIT_OK);
+  CHECK(get(checkpoint, FLEXDIT_FAMILY) == FLEXDIT_LATTE && get(checkpoint, FLEXDIT_NUM_FRAMES) == 3);
+  CHECK(get(checkpoint, FLEXDIT_CAPTION_CHANNELS) == 6 && get(checkpoint, FLEXDIT_MAX_CAPTION_TOKENS) == 5);
+  CHECK(get(checkpoint, FLEXDIT_SIZE_CONDITIONS) == 0 && get(checkpoint, FLEXDIT_HAS_NULL_CLASS) == 1);
+  CHECK(flexdit_model_prepare(checkpoint, NULL, &model) == FLEXDIT_OK);
+  flexdit_checkpoint_free(checkpoint);
+  CHECK(flexdit_session_create(model, NULL, &session) == FLEXDIT_OK);
+  for (i = 0; i < 30; ++i) wide[i] = caption[i];
+#define CLIP()                                                    \
+  do {                                                            \
+    request = request_of(1, FLEXDIT_DDIM, 2);                     \
+    request.caption = caption, request.caption_tokens = 2;        \
+    request.frames = 2;                                           \
+  } while (0)
+#define WITH(member, value, part)                               \
+  do {                                                          \
+    CLIP();                                                     \
+    request.member = value;                                     \
+    REFUSES(flexdit_session_add(session, &request, &id), part); \
+  } while (0)
+  WITH(caption_tokens, 6, "request.caption_tokens is 6, must lie in [1, 5]");
+  WITH(caption_tokens, 0, "request.caption_tokens is 0, must lie in [1, 5]");
+  WITH(caption, NULL, "request.caption_tokens is 2, must be 0 where caption is NULL");
+  WITH(caption_dtype, FLEXDIT_KEEP_DTYPE, "request.caption_dtype is -1, must be one of the FLEXDIT_ dtypes, 0 to 3");
+  WITH(frames, 4, "frames is 4");
+  WITH(frames, -1, "frames is -1");
+  WITH(sparse_frames, 1, "request.sparse_frames is 1, must be positive together with the other sides");
+  WITH(sparse_frames, -1, "request.sparse_frames is -1");
+  WITH(guidance, 2, "null_caption"); /* which it lacks */
+#undef WITH
+  CLIP();
+  request.guidance = 2, request.null_caption = null_caption, request.null_caption_tokens = 1;
+  request.sparse_frames = 2, request.sparse_height = 1, request.sparse_width = 3;
+  ids[0] = add(session, request);
+  finish(session);
+  CHECK(flexdit_session_take(session, ids[0], &image) == FLEXDIT_OK && image);
+  CHECK(flexdit_image_shape(image, shape) == FLEXDIT_OK && shape[0] == 1 && shape[1] == 8 && shape[2] == 8);
+  CHECK(flexdit_image_frames(image, &frames) == FLEXDIT_OK && frames == 2);
+  CHECK(flexdit_image_copy(image, FLEXDIT_FLOAT64, values, 128) == FLEXDIT_OK);
+  REFUSES(flexdit_image_copy(image, FLEXDIT_FLOAT64, values, 64), "count is 64, must be the image's 128 values");
+  flexdit_image_free(image);
+  for (i = 0; i < 64; ++i) differing += values[i] != values[64 + i];
+  CHECK(differing > 32); /* frames */
+  request.caption = wide, request.caption_dtype = FLEXDIT_FLOAT64; /* null_caption is of it, too */
+  request.guidance = 1, request.null_caption = NULL, request.null_caption_tokens = 0;
+  ids[0] = add(session, request);
+  request.caption = caption, request.caption_dtype = FLEXDIT_FLOAT32;
+  ids[1] = add(session, request);
+  finish(session);
+  for (i = 0; i < 2; ++i) {
+    CHECK(flexdit_session_take(session, ids[i], &image) == FLEXDIT_OK && image);
+    CHECK(flexdit_image_copy(image, FLEXDIT_FLOAT64, i ? again : values, 128) == FLEXDIT_OK);
+    flexdit_image_free(image);
+  }
+  CHECK(memcmp(values, again, sizeof values) == 0);
+#undef CLIP
+  flexdit_session_free(session), flexdit_model_free(model);
 }
 
 static void bad_models(const char* folder) {
@@ -292,7 +392,12 @@ static void bad_requests(const char* folder) {
   WITH(sparse_height, 2, "request.sparse_width is 0");
   WITH(sparse_width, 2, "request.sparse_width is 2, must be positive, or 0 together");
   WITH(sparse_height, -1, "request.sparse_height is -1");
-  WITH(size, sizeof request - 1, "request.size is");
+  WITH(size, offsetof(flexdit_request, caption) - 1, "request.size is");
+  WITH(caption, &model, "request.caption is not NULL, but the model reads no captions");
+  WITH(null_caption, &model, "request.null_caption is not NULL, but the model reads no captions");
+  WITH(null_caption_tokens, 1, "request.null_caption_tokens is 1, must be 0 where null_caption is NULL");
+  WITH(caption_dtype, 4, "request.caption_dtype is 4");
+  WITH(sparse_frames, 2, "request.sparse_frames is 2, must be positive together with the other sides");
   WITH(size, (size_t)-1, "request.size is");
 #undef WITH
   request = request_of(0, FLEXDIT_DDIM, 2);
@@ -383,7 +488,9 @@ int main(int argc, char** argv) {
   long_messages_are_cut();
   an_image_does_not_depend_on_its_company(argv[1]);
   images(argv[1]);
+  a_smaller_request(argv[1]);
   queues(argv[1]);
+  captions_and_frames(argv[1]);
   bad_models(argv[1]);
   bad_requests(argv[1]);
   structs_grow(argv[1]);

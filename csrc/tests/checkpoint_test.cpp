@@ -5,7 +5,6 @@
 #include "files.h"
 #include "io/cast.h"
 #include "message_of.h"
-#include "model/config_json.h"
 #include "support.h"
 
 using namespace flexdit;
@@ -22,16 +21,6 @@ std::string load_error(const std::string& path) {
   return message_of<CheckpointError>([&] { Checkpoint::load(path); });
 }
 
-ModelDescription parse(const std::string& json) {
-  const ExactBytes bytes(json);
-  return parse_config(bytes.text(), "config.json");
-}
-std::string config_error(const std::string& json) {
-  const auto message = message_of<CheckpointError>([&] { parse(json); });
-  if (!message.empty()) CHECK_NOTE(message.starts_with("config.json is not a FlexDiT configuration: "), message);
-  return message;
-}
-
 // The text with its one `old` replaced.
 std::string replaced(std::string text, const std::string& old, const std::string& by) {
   const size_t at = text.find(old);
@@ -45,7 +34,7 @@ struct Copy {
   std::string path = folder.string(), weights = (folder / "model.safetensors").string(),
               config = (folder / "config.json").string();
 
-  Copy() { std::filesystem::copy(kData / "tiny", path); }
+  explicit Copy(const char* of = "tiny") { std::filesystem::copy(kData / of, path); }
   void edit_config(const std::string& old, const std::string& by) const {
     write_file(config, replaced(read_file(config), old, by));
   }
@@ -59,6 +48,22 @@ struct Copy {
   }
 };
 
+// Every parameter is the file's tensor.
+void check_parameters(const char* folder) {
+  const Checkpoint c = Checkpoint::load((kData / folder).string());
+  const SafetensorsFile file((kData / folder / "model.safetensors").string());
+  const auto specs = model_parameters(c.config);
+  CHECK_EQ(c.parameters.size(), specs.size());
+  CHECK_EQ(file.entries().size(), specs.size());
+  for (size_t i = 0; i < specs.size(); ++i) {
+    const Matrix& m = c.parameters[i];
+    CHECK(m.rows == specs[i].rows && m.cols == specs[i].cols && m.stride == m.cols && m.dtype == DType::float32);
+    const auto data = file.find(specs[i].name)->data;
+    CHECK(std::memcmp(m.data, data.data(), data.size()) == 0);
+    CHECK_EQ(reinterpret_cast<uintptr_t>(m.data) % 4, 0u);
+  }
+}
+
 }  // namespace
 
 TEST_CASE(what_python_wrote) {
@@ -71,17 +76,21 @@ TEST_CASE(what_python_wrote) {
   CHECK(c.config.recovery_blocks == 1 && c.config.dense_blocks == 1);
   CHECK(c.schedule == DensitySchedule({{1, 3, 3}, {1, 2, 3}, {1, 2, 2}}, {0, 400, 700}, 1000));
   CHECK(c.dtype == DType::float32 && c.num_classes == 3 && c.has_null_class);
-  const SafetensorsFile file((kData / "tiny/model.safetensors").string());
-  const auto specs = model_parameters(c.config);
-  CHECK_EQ(c.parameters.size(), specs.size());
-  CHECK_EQ(file.entries().size(), specs.size());
-  for (size_t i = 0; i < specs.size(); ++i) {
-    const Matrix& m = c.parameters[i];
-    CHECK(m.rows == specs[i].rows && m.cols == specs[i].cols && m.stride == m.cols && m.dtype == DType::float32);
-    const auto data = file.find(specs[i].name)->data;
-    CHECK(std::memcmp(m.data, data.data(), data.size()) == 0);
-    CHECK_EQ(reinterpret_cast<uintptr_t>(m.data) % 4, 0u);
-  }
+  check_parameters("tiny");
+}
+
+TEST_CASE(what_python_wrote_of_the_other_families) {
+  const Checkpoint image = Checkpoint::load((kData / "tiny_pixart").string());
+  CHECK(image.config.family == ModelFamily::pixart && image.config.out_channels == 2 && image.config.hidden == 12);
+  CHECK(image.config.caption_channels == 6 && image.config.max_caption_tokens == 5 && image.config.size_conditions);
+  CHECK(image.config.position_scale == 0.5 && !image.names_schedule && !image.has_null_class);
+  CHECK(image.schedule == default_schedule(image.config, {1, 4, 4}));
+  check_parameters("tiny_pixart");
+  const Checkpoint clip = Checkpoint::load((kData / "tiny_latte").string());
+  CHECK(clip.config.family == ModelFamily::latte && clip.config.num_frames == 3 && clip.config.label_rows == 4);
+  CHECK(clip.schedule == DensitySchedule({{3, 3, 3}, {2, 2, 3}, {1, 2, 2}}, {0, 400, 700}, 1000));
+  CHECK(clip.names_schedule && clip.num_classes == 3 && clip.has_null_class);
+  check_parameters("tiny_latte");
 }
 
 // In float64, with the reference's timestep features: t w reaches 1000, and its rounding to float32 would show.
@@ -160,6 +169,43 @@ TEST_CASE(where_the_configuration_comes_from) {
   CHECK(has(load_error(copy.path), copy.config + " cannot be read: it is a directory"));
 }
 
+// The folder with its weights in a file of another name, and an index; test_cpp_checkpoint.py has Python's shards.
+TEST_CASE(shards) {
+  const Copy copy;
+  const Checkpoint whole = Checkpoint::load((kData / "tiny").string());
+  const std::string part = (copy.folder / "part.safetensors").string(), index = copy.weights + ".index.json";
+  std::filesystem::rename(copy.weights, part);
+  std::string places;
+  for (const auto& spec : model_parameters(whole.config)) places += ", \"" + spec.name + "\": \"part.safetensors\"";
+  const std::string text =
+      "{\"metadata\": {\"total_size\": 1, \"x\": [{}]}, \"weight_map\": {" + places.substr(2) + "}}";
+  const auto error = [&](const std::string& old, const std::string& by) {
+    write_file(index, replaced(text, old, by));
+    return load_error(copy.path);
+  };
+  write_file(index, text);
+  for (const std::string& path : {copy.path, index}) {
+    const Checkpoint c = Checkpoint::load(path);
+    CHECK(c.config == whole.config && c.schedule == whole.schedule && c.parameters.size() == whole.parameters.size());
+    for (size_t i = 0; i < c.parameters.size(); ++i) {
+      const Matrix &a = c.parameters[i], &b = whole.parameters[i];
+      CHECK(std::memcmp(a.data, b.data, static_cast<size_t>(a.rows * a.cols) * 4) == 0);
+    }
+  }
+  const std::string last = ", \"final_layer.linear.bias\": \"part.safetensors\"";
+  CHECK(has(error(last, ""), part + " has 'final_layer.linear.bias', " + index + " does not say so"));
+  CHECK(has(error("final_layer.linear.bias", "final_layer.linear.bios"), "'final_layer.linear.bias', "));
+  CHECK(has(error("part.safetensors", "other.safetensors"), "other.safetensors does not exist"));
+  CHECK(has(error("part.safetensors", "../part.safetensors"), "'weight_map'.'pos_embed': is '../part.safetensors'"));
+  CHECK(has(error("part.safetensors", "part.bin"), "must be a .safetensors file beside it"));
+  CHECK(has(error("\"part.safetensors\"", "3"), "'weight_map'.'pos_embed': is a number, must be a string"));
+  CHECK(has(error("weight_map", "weights"), index + ": "));
+  CHECK(has(error("]}", ""), index + ": byte "));
+  CHECK(has(error("[{}]", std::string(1000, '[')), "nests too deep"));
+  std::filesystem::copy(part, copy.weights);  // then the index is not asked
+  CHECK(!has(error("weight_map", "weights"), "index"));
+}
+
 TEST_CASE(files_that_are_missing) {
   const TemporaryFolder folder;
   CHECK(has(load_error(folder.string()), (folder / "model.safetensors").string() + " does not exist"));
@@ -183,6 +229,23 @@ TEST_CASE(tensors_that_do_not_fit) {
   CHECK(has(error("[8,1,2,2]", "[8,4]"), "patch_embed.weight [8, 4], must be [8, 1, 2, 2]"));
   CHECK(has(error(bias, replaced(bias, "F32", "U32")), "patch_embed.bias (U32)"));
   CHECK(has(error("[4,8]", "[8,4]"), "label_embed.weight [8, 4], must be [4, 8]"));
+}
+
+TEST_CASE(other_families_that_do_not_fit) {
+  const auto error = [](const char* folder, const std::string& old, const std::string& by) {
+    const Copy copy(folder);
+    copy.edit_config(old, by);
+    return load_error(copy.path);
+  };
+  CHECK(has(error("tiny_pixart", "\"caption_channels\": 6", "\"caption_channels\": 7"),
+            "caption_embed.fc1.weight [12, 6], must be [12, 7]"));
+  CHECK(has(error("tiny_pixart", "\"size_conditions\": true", "\"size_conditions\": false"),
+            "8 unexpected: 'aspect_ratio_embed."));
+  CHECK(has(error("tiny_pixart", "FlexPixArt", "FlexLatte"), "'size_conditions': FlexLatteConfig has no such field"));
+  CHECK(has(error("tiny_latte", "\"caption_channels\": 6", "\"caption_channels\": 0"), "unexpected: 'caption_embed."));
+  CHECK(has(error("tiny_latte", "\"num_classes\": 3", "\"num_classes\": 4"),
+            "label_embed.weight [4, 12], must be [5, 12]"));
+  CHECK(has(error("tiny_latte", "FlexLatte", "FlexDiT"), "config.json is not a FlexDiT configuration"));
 }
 
 TEST_CASE(configurations_that_do_not_fit) {
@@ -225,84 +288,6 @@ TEST_CASE(flipped_header_bytes) {
       CHECK_NOTE(message.empty() || has(message, copy.weights), message);
     }
   CHECK(refused > 1000);
-}
-
-TEST_CASE(defaults_of_the_configuration) {
-  const ModelDescription d = parse("{}");  // FlexDiTConfig(), which is XL/2 for 256 pixels
-  const Config c = d.config, wanted;
-  CHECK(c.input_height == wanted.input_height && c.patch_size == wanted.patch_size && c.hidden == wanted.hidden);
-  CHECK(c.mlp_hidden == wanted.mlp_hidden && c.label_rows == wanted.label_rows && c.num_heads == wanted.num_heads);
-  CHECK(c.out_channels == wanted.out_channels && c.num_pooling_blocks == wanted.num_pooling_blocks);
-  CHECK(c.num_sdtm == wanted.num_sdtm && c.sparse_blocks == wanted.sparse_blocks && !c.reinject_position);
-  CHECK(d.schedule == DensitySchedule({{1, 10, 10}, {1, 8, 8}, {1, 7, 7}, {1, 6, 6}}));
-  CHECK(d.num_classes == 1000 && d.has_null_class);
-  CHECK(c.timestep_shift == 0 && c.mlp_norm_eps == 1e-6);
-  const Config diffusers = parse(R"({"timestep_shift": 1, "mlp_norm_eps": 1e-5})").config;
-  CHECK(diffusers.timestep_shift == 1 && diffusers.mlp_norm_eps == 1e-5);
-  CHECK(parse(R"({"schedule": null})").schedule == d.schedule);
-  CHECK(!parse(R"({"class_dropout_prob": 0.0})").has_null_class);
-  CHECK_EQ(parse(R"({"class_dropout_prob": 0})").config.label_rows, 1000);
-  CHECK_EQ(parse(R"({"learn_sigma": false, "in_channels": 3})").config.out_channels, 3);
-  CHECK_EQ(parse(R"({"mlp_ratio": 4, "hidden_size": 12, "num_heads": 1})").config.mlp_hidden, 48);
-  CHECK(parse(R"({"schedule": {"grids": [[1, 5, 6], [3, 2]]}})").schedule == DensitySchedule({{1, 5, 6}, {1, 3, 2}}));
-  CHECK(parse(R"({"schedule": {"grids": [[5, 6]], "begins": null, "num_timesteps": 50}})").schedule ==
-        DensitySchedule({{1, 5, 6}}, 50));
-}
-
-TEST_CASE(configurations_that_are_none) {
-  const std::pair<const char*, const char*> cases[] = {
-      {"", "the text ends"},
-      {"{", "a key"},
-      {"[]", "is an array, must be an object"},
-      {"null", "is null, must be an object"},
-      {"{} {}", "nothing may follow"},
-      {R"({"no_such_key": 1})", "'no_such_key': FlexDiTConfig has no such field"},
-      {R"({"timestep_shift": 2})", "'timestep_shift': is"},
-      {R"({"mlp_norm_eps": 0})", "mlp_norm_eps is 0"},
-      {R"({"hidden_size": "8"})", "'hidden_size': is a string, must be a number"},
-      {R"({"hidden_size": null})", "'hidden_size': is null"},
-      {R"({"hidden_size": 8.0})", "'hidden_size': is '8.0', must be an integer"},
-      {R"({"hidden_size": true})", "'hidden_size': is true or false"},
-      {R"({"hidden_size": 0})", "'hidden_size': is '0', must be from 1 to 1048576"},
-      {R"({"hidden_size": 8, "hidden_size": 8})", "comes twice"},
-      {R"({"hidden_size": 1152, "num_heads": 7})", "hidden_size is 1152, must be a multiple of num_heads 7"},
-      {R"({"hidden_size": 6, "num_heads": 2})", "hidden_size is 6, must be a multiple of 4"},
-      {R"({"input_size": 31})", "input_size is 31, must be a multiple of patch_size 2"},
-      {R"({"num_classes": 1000000000000000000000000000000})", "'num_classes': is '10"},
-      {R"({"num_dense_blocks": -1})", "'num_dense_blocks': is '-1', must be from 0"},
-      {R"({"num_pooling_blocks": 0, "num_sdtm": 0, "num_dense_blocks": 0})", "no blocks"},
-      {R"({"mlp_ratio": 0})", "mlp_ratio"},
-      {R"({"mlp_ratio": -1})", "mlp_ratio"},
-      {R"({"mlp_ratio": 1e300})", "mlp_ratio"},
-      {R"({"mlp_ratio": 1e400})", "no 64-bit float"},
-      {R"({"mlp_ratio": NaN})", "no JSON value begins with 'N'"},
-      {R"({"mlp_ratio": Infinity})", "no JSON value begins with 'I'"},
-      {R"({"class_dropout_prob": 1})", "class_dropout_prob"},
-      {R"({"class_dropout_prob": -0.1})", "class_dropout_prob"},
-      {R"({"learn_sigma": 1})", "'learn_sigma': is a number, must be true or false"},
-      {R"({"sdtm_blocks": 3})", "'sdtm_blocks': is a number, must be an array"},
-      {R"({"sdtm_blocks": [1, 1, 1]})", "sdtm_blocks has 3 numbers, must have 4"},
-      {R"({"sdtm_blocks": [0, 1, 1, 1]})", "generation"},
-      {R"({"sdtm_blocks": [1, 1, 0, 1]})", "recovery"},
-      {R"({"sdtm_blocks": [1, -1, 1, 1]})", "'sdtm_blocks'[1]: is '-1'"},
-      {R"({"schedule": 5})", "'schedule': is a number, must be an object"},
-      {R"({"schedule": {}})", "'schedule': has no grids"},
-      {R"({"schedule": {"grids": []}})", "'schedule': has no grids"},
-      {R"({"schedule": {"grids": 5}})", "'schedule'.'grids': is a number, must be an array"},
-      {R"({"schedule": {"grids": [[5]]}})", "'schedule'.'grids'[0]: must be a grid"},
-      {R"({"schedule": {"grids": [[1, 1, 1, 1]]}})", "'schedule'.'grids'[0]: must be a grid"},
-      {R"({"schedule": {"grids": [[0, 5]]}})", "'schedule'.'grids'[0][0]: is '0', must be from 1 to 32767"},
-      {R"({"schedule": {"grids": [[17, 5]]}})", "schedule has the sparse grid (1, 17, 5), at most the dense grid"},
-      {R"({"schedule": {"grids": [[2, 5, 5]]}})", "schedule has the sparse grid (2, 5, 5)"},
-      {R"({"schedule": {"grids": [[5, 5]], "begins": [1]}})", "begins starts with 1"},
-      {R"({"schedule": {"grids": [[5, 5]], "begins": []}})", "begins holds 0"},
-      {R"({"schedule": {"grids": [[5, 5]], "begins": "ab"}})", "'schedule'.'begins': is a string"},
-      {R"({"schedule": {"grids": [[5, 5]], "num_timesteps": 0}})", "'num_timesteps': is '0'"},
-      {R"({"schedule": {"grids": [[5, 5]], "steps": 0}})", "'schedule'.'steps': no such key"},
-      {R"({"input_size": 1048576})", "dense_grid"},  // whose schedule would be of 2^38 tokens
-  };
-  for (const auto& [text, part] : cases) CHECK_NOTE(has(config_error(text), part), text, ": ", config_error(text));
-  CHECK(has(config_error(std::string(1000000, '[')), "must be an object"));
 }
 
 TEST_CASE(casts_of_16_bits) {

@@ -226,6 +226,25 @@ OpCase label_case(int64_t c) {
   return o;
 }
 
+OpCase tables_case(int64_t rows, int64_t width, int64_t count, bool own_tables) {
+  OpCase o{.op = "add_tables",
+           .variant = std::to_string(rows) + "x" + std::to_string(width) + "x" + std::to_string(count) + (own_tables ? " own" : ""),
+           .inputs = {{"x", rows, width, false, true}, {"table", own_tables ? rows * count : count, width, false}},
+           .outputs = {{"out", rows, count * width, false}}};
+  o.naive = [=](const std::vector<Values>& in) {
+    Values out(rows, count * width);
+    for (int64_t b = 0; b < rows; ++b)
+      for (int64_t k = 0; k < count; ++k)
+        for (int64_t j = 0; j < width; ++j)
+          out(b, k * width + j) = in[0](b, j) + in[1](own_tables ? b * count + k : k, j);
+    return std::vector{out};
+  };
+  o.forward = [=](const Views& in, const Views& out, const Execution& exec) {
+    add_tables({.x = in[0], .table = in[1], .out = out[0], .own_tables = own_tables}, exec);
+  };
+  return o;
+}
+
 }  // namespace
 
 std::vector<OpCase> linear_cases() {
@@ -258,6 +277,8 @@ std::vector<OpCase> end_cases() {
       cases.insert(cases.end(), {patch_case(kRagged, 4, 2, last, to_rows), patch_case(kVideo, 3, 1, last, to_rows),
                                  patch_case(kOneSample, 1, 3, last, to_rows)});
   for (const int64_t c : {7, 48, 1152}) cases.push_back(label_case(c));
+  for (const bool own : {false, true})
+    cases.insert(cases.end(), {tables_case(3, 48, 5, own), tables_case(2, 7, 3, own), tables_case(4, 72, 1, own)});
   return cases;
 }
 

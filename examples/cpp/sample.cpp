@@ -4,10 +4,10 @@
 #include <flexdit/checkpoint.h>
 #include <flexdit/session.h>
 
-#include <charconv>
 #include <cstdio>
 #include <numeric>
 
+#include "options.h"
 #include "picture.h"
 
 namespace {
@@ -24,14 +24,6 @@ struct Settings {
   uint64_t seed = 0;
 };
 
-template <class Number>
-void read(const std::string& name, std::string_view text, Number& value) {
-  const char* const last = text.data() + text.size();
-  const auto [end, error] = std::from_chars(text.data(), last, value);
-  if (error != std::errc() || end != last)
-    throw std::invalid_argument(name + " is \"" + std::string(text) + "\", must be a number in range");
-}
-
 Settings parse(const std::vector<std::string>& words) {
   if (words.size() < 2 || words.size() % 2) throw std::invalid_argument(kUsage);
   Settings s{.folder = words[0], .out = words[1]};
@@ -40,16 +32,16 @@ Settings parse(const std::vector<std::string>& words) {
     if (name == "--labels")
       for (size_t begin = 0, end; begin <= value.size(); begin = end + 1) {
         end = std::min(value.find(',', begin), value.size());
-        read(name, std::string_view(value).substr(begin, end - begin), s.labels.emplace_back());
+        options::read(name, std::string_view(value).substr(begin, end - begin), s.labels.emplace_back());
       }
     else if (name == "--steps")
-      read(name, value, s.steps);
+      options::read(name, value, s.steps);
     else if (name == "--sampler")
       s.sampler = value;
     else if (name == "--guidance")
-      read(name, value, s.guidance);
+      options::read(name, value, s.guidance);
     else if (name == "--seed")
-      read(name, value, s.seed);
+      options::read(name, value, s.seed);
     else if (name == "--latents")
       s.latents = value;
     else

@@ -124,11 +124,11 @@ void final_layer_forward(const FinalLayerForward& p, const Execution& exec);
 void final_layer_backward(const FinalLayerBackward& p, const Execution& exec);
 
 // condition = W2 SiLU(W1 features + b1) + b2 + table[label]. Parameters: timestep_embed.fc1.weight [C, F], .bias,
-// timestep_embed.fc2.weight [C, C], .bias, label_embed.weight [L, C].
+// timestep_embed.fc2.weight [C, C], .bias, label_embed.weight [L, C]; forward may be without the last one.
 struct ConditionForward {
   std::span<const Matrix> parameters;
   Matrix features;                  // [B, F], of timestep_embedding()
-  const int64_t* labels = nullptr;  // [B]
+  const int64_t* labels = nullptr;  // [B], with a label table
   Matrix out;                       // [B, C], written
   void* workspace = nullptr;        // condition_workspace_bytes
 };

@@ -56,9 +56,9 @@ FLEXDIT_API const char* flexdit_last_error(void);
 
 typedef struct flexdit_checkpoint flexdit_checkpoint;
 
-/* Loads the folder that save_pretrained wrote, or a .safetensors file with its configuration in the metadata, and
- * converts the parameters to `dtype`. The files may be replaced or deleted afterwards, but not written in place.
- * On failure *checkpoint is NULL. */
+/* Loads the folder that save_pretrained of FlexDiT, FlexPixArt or FlexLatte wrote, or a .safetensors file with its
+ * configuration in the metadata, and converts the parameters to `dtype`. The files may be replaced or deleted
+ * afterwards, but not written in place. On failure *checkpoint is NULL. */
 FLEXDIT_API flexdit_status flexdit_checkpoint_load(const char* path, flexdit_dtype dtype,
                                                    flexdit_checkpoint** checkpoint);
 FLEXDIT_API void flexdit_checkpoint_free(flexdit_checkpoint* checkpoint);
@@ -69,12 +69,23 @@ enum {
   FLEXDIT_INPUT_WIDTH = 1,
   FLEXDIT_IN_CHANNELS = 2,
   FLEXDIT_OUT_CHANNELS = 3,   /* twice in_channels with learned variance */
-  FLEXDIT_NUM_CLASSES = 4,    /* labels are 0 to num_classes - 1 */
+  FLEXDIT_NUM_CLASSES = 4,    /* labels are 0 to num_classes - 1; 0: the model has none */
   FLEXDIT_HAS_NULL_CLASS = 5, /* 1 if label num_classes stands for none, as classifier-free guidance needs it */
   FLEXDIT_NUM_TIMESTEPS = 6,  /* of the diffusion */
   FLEXDIT_DTYPE = 7,          /* a flexdit_dtype */
   FLEXDIT_NUM_PARAMETERS = 8, /* values, the fixed position embedding included */
-  FLEXDIT_PATCH_SIZE = 9
+  FLEXDIT_PATCH_SIZE = 9,
+  FLEXDIT_FAMILY = 10,             /* a flexdit_family */
+  FLEXDIT_NUM_FRAMES = 11,         /* of a clip at most; 1 of images */
+  FLEXDIT_CAPTION_CHANNELS = 12,   /* of the text encoder's output; 0: the model reads no captions */
+  FLEXDIT_MAX_CAPTION_TOKENS = 13, /* of a caption */
+  FLEXDIT_SIZE_CONDITIONS = 14     /* 1 if requests have a resolution and an aspect ratio */
+};
+typedef int32_t flexdit_family;
+enum {
+  FLEXDIT_DIT = 0,    /* FlexDiT: images of a label */
+  FLEXDIT_PIXART = 1, /* FlexPixArt: images of a caption */
+  FLEXDIT_LATTE = 2   /* FlexLatte: clips of a label, a caption or neither */
 };
 FLEXDIT_API flexdit_status flexdit_checkpoint_get(const flexdit_checkpoint* checkpoint, flexdit_property property,
                                                   int64_t* value);
@@ -106,7 +117,7 @@ typedef struct flexdit_session_options {
   size_t size;
   int64_t max_batch;        /* requests that advance together: 64 */
   int64_t queue_capacity;   /* requests that may wait: 1024 */
-  int64_t guided_channels;  /* 0: the first three, or as many as there are, as DiT does */
+  int64_t guided_channels;  /* 0: the first three, or as many as there are, as DiT does; of other families all */
   int64_t modulation_bytes; /* memory for the modulations of steps to come: 2^28 */
 } flexdit_session_options;
 FLEXDIT_API flexdit_status flexdit_session_options_init(flexdit_session_options* options, size_t size);
@@ -129,18 +140,29 @@ enum {
 
 typedef struct flexdit_request {
   size_t size;
-  int64_t label;           /* 0 to num_classes - 1, or num_classes for the null class: 0 */
+  int64_t label;           /* 0 to num_classes - 1, or num_classes for the null class; without classes 0: 0 */
   uint64_t seed;           /* of all noise: 0. Image i of a run in Python has flexdit_derive_seed(seed, i) */
   flexdit_sampler sampler; /* FLEXDIT_DDIM */
   int32_t clip_x0;         /* 1 clamps the predicted image to [-1, 1] in every step: 0 */
   int64_t steps;           /* 1 to 1000: 50 */
   double eta;              /* of DDIM, 0 to 1: 0 */
-  double guidance;         /* at least 0, 1 is none; another one needs a null class: 1 */
+  double guidance;         /* at least 0, 1 is none; another one needs a null class or a null caption: 1 */
   double guidance_begin;   /* timesteps at which it guides, both included: 0 */
   double guidance_end;     /* 1e9 */
   int64_t height, width;   /* of the latent image, multiples of the patch size, or 0 for the model's: 0 */
   int64_t sparse_height;   /* of the sparse grid, or both 0 for the density schedule's: 0 */
   int64_t sparse_width;
+  /* Of FlexPixArt and FlexLatte. Captions are a text encoder's output [tokens, FLEXDIT_CAPTION_CHANNELS] without
+   * padding, at any alignment, and are copied. The passes without condition read null_caption: guidance needs it. */
+  const void* caption; /* NULL where the model reads none: NULL */
+  int64_t caption_tokens;
+  const void* null_caption;
+  int64_t null_caption_tokens;
+  flexdit_dtype caption_dtype; /* of both: FLEXDIT_FLOAT32 */
+  int32_t sparse_frames;       /* of the sparse grid, with the other sides; 0 is 1: 0 */
+  int64_t frames;              /* of the clip, or 0 for the model's: 0 */
+  double resolution[2];        /* height and width in pixels, and */
+  double aspect_ratio;         /* height / width, with FLEXDIT_SIZE_CONDITIONS: 0 */
 } flexdit_request;
 FLEXDIT_API flexdit_status flexdit_request_init(flexdit_request* request, size_t size);
 FLEXDIT_API uint64_t flexdit_derive_seed(uint64_t seed, uint64_t index);
@@ -173,10 +195,12 @@ typedef struct flexdit_image flexdit_image;
 FLEXDIT_API flexdit_status flexdit_session_take(flexdit_session* session, int64_t id, flexdit_image** image);
 FLEXDIT_API void flexdit_image_free(flexdit_image* image);
 
-/* Channels, height, width. */
+/* Channels, height, width; of a clip those of each frame. */
 FLEXDIT_API flexdit_status flexdit_image_shape(const flexdit_image* image, int64_t shape[3]);
-/* Copies the values [channels, height, width] as FLEXDIT_FLOAT32 or FLEXDIT_FLOAT64; count: channels * height * width.
- * They are float32 values, of a float64 model float64 ones. */
+/* 1 of an image. */
+FLEXDIT_API flexdit_status flexdit_image_frames(const flexdit_image* image, int64_t* frames);
+/* Copies the values [channels, frames, height, width] as FLEXDIT_FLOAT32 or FLEXDIT_FLOAT64; count: the product of
+ * these. They are float32 values, of a float64 model float64 ones. */
 FLEXDIT_API flexdit_status flexdit_image_copy(const flexdit_image* image, flexdit_dtype dtype, void* values,
                                               int64_t count);
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "flexdit/block.h"
+#include "flexdit/schedule.h"
 
 namespace flexdit {
 
@@ -45,15 +46,20 @@ struct Config {
   bool operator==(const Config&) const = default;
 };
 
-// All parameters, named as in flexdit_ext's state_dict, in the order that Model takes them. pos_embed comes first
-// and has no gradient.
+// All parameters, named as in flexdit_ext's state_dict, in the order that Model takes them. FlexDiT's pos_embed comes
+// first and has no gradient; the other families compute positions.
 std::vector<ParameterSpec> model_parameters(const Config& config);
 
 // The kinds of the blocks in the order that the model runs and model_parameters lists them.
 std::vector<BlockKind> model_blocks(const Config& config);
 
+// What FlexPixArt and FlexLatte follow on that dense grid when their config names no schedule, as FlexPixArtConfig's and
+// FlexLatteConfig's default_schedule. Throws ArgumentError for FlexDiT, which has none.
+DensitySchedule default_schedule(const Config& config, Grid dense);
+
 // Multiply-accumulates of a forward pass of one sample whose sparse tokens form `sparse`, as this library computes
-// them: every linear layer and the attention scores, identities 1 and 2 of method.md used.
+// them: every linear layer and the attention scores, identities 1 and 2 of method.md used; captions have
+// max_caption_tokens.
 int64_t model_macs(const Config& config, Grid sparse);
 
 // What a sampler computes once and brings along in inference, each of it or nothing.
@@ -61,8 +67,12 @@ struct ModelPrepared {
   Matrix modulation;  // [B, model_modulation_columns]: instead of t and labels
   std::span<const Matrix> folded;               // of each pooling block W_o W_v [C, C] and W_o b_v + b_o [1, C]
   std::span<const PackedWeight* const> packed;  // of each parameter, or null
+  std::span<const Matrix> caption_kv;  // of each block that reads the caption, in their order: BlockPrepared::caption_kv
+  TokenLayout caption_layout;          // where each sample's caption lies in all of them, as in Attention
 };
 
+// FlexPixArt and FlexLatte are computed for inference alone, with prepared.modulation, prepared.caption_kv if they read
+// captions, and position tables; they are trained through Python's block ops.
 struct ModelForward {
   Config config;
   std::span<const Matrix> parameters;
@@ -76,6 +86,11 @@ struct ModelForward {
   TokenLayout sparse_layout;        // of the samples' sparse tokens; empty without modules
   int64_t rows = 0, sparse_rows = 0;  // of token buffers, at least the layouts' totals; 0: the total, read on the host
   PositionTable positions;            // for samples with other dense grids than config's, or empty: pos_embed for all
+  // Of FlexLatte: the frames of both layouts as samples, what BlockForward::max_positions says of both, and the temporal
+  // embedding of each dense token.
+  TokenLayout frames, sparse_frames;
+  int64_t max_positions = 0, max_sparse_positions = 0;
+  PositionTable times;
   void* out = nullptr;                // packed images [out_channels, H, W], written
   void* context = nullptr;            // model_context_bytes, or null: nothing is kept
   void* workspace = nullptr;          // model_workspace_bytes
@@ -96,16 +111,20 @@ void model_forward(const ModelForward& p, const Execution& exec);
 void model_backward(const ModelBackward& p, const Execution& exec);
 
 // The modulations of all blocks and of the final layer, 6 C columns for each block, then 2 C: one product for all
-// timesteps and labels of a trajectory (identity 3 of method.md).
+// timesteps and labels of a trajectory (identity 3 of method.md). With a shared modulation layer its product and the
+// tables; the final layer adds its table to the condition itself (PixArt-alpha, arXiv 2310.00426).
 int64_t model_modulation_columns(const Config& config);
 struct ModelModulation {
   Config config;
   std::span<const Matrix> parameters;  // of the model; only the condition's are read
-  Matrix weight, bias;                 // all modulation layers, one below the other: [columns, C], [1, columns]
+  Matrix weight, bias;  // all modulation layers, one below the other: [columns, C], [1, columns]; or the one for all
+  Matrix tables = {};   // with one for all: every modulation_table, one below the other, [6 blocks + 2, C]
   const PackedWeight* packed = nullptr;
   const double* t = nullptr;        // [S]
-  const int64_t* labels = nullptr;  // [S]
-  Matrix out;                       // [S, columns], written
+  const int64_t* labels = nullptr;  // [S], if the model has labels
+  // With size_conditions: [S, 2] height and width, [S] height / width.
+  const double *resolution = nullptr, *aspect_ratio = nullptr;
+  Matrix out;                 // [S, columns], written
   void* workspace = nullptr;        // model_modulation_workspace_bytes
 };
 int64_t model_modulation_workspace_bytes(const Config& config, int64_t samples, DType dtype);

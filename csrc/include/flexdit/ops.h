@@ -184,7 +184,7 @@ void add_position(const AddPosition& p, const Execution& exec);
 // that a sample's frames have at one position, which lie H W rows apart and are read where they are.
 struct Attention {
   Matrix q;     // [Rq, C]
-  Matrix k, v;  // [Rk, C]
+  Matrix k, v;  // [Rk, C]; in forward samples may lie in any order, apart, and several in the same rows
   TokenLayout layout_q, layout_k;
   int64_t num_heads = 1;
   Matrix out;  // [Rq, C], written
@@ -328,6 +328,16 @@ struct GatherRows {
   Matrix out;                         // [B, C], written
 };
 void gather_rows(const GatherRows& p, const Execution& exec);
+
+// out[b, k W + j] = x[b, j] + table[k, j]: a modulation that K blocks share, and the table of each (PixArt-alpha, arXiv
+// 2310.00426, adaLN-single).
+struct AddTables {
+  Matrix x;      // [B, W]
+  Matrix table;  // [K, W], or [B K, W] with own_tables: K rows for each of x
+  Matrix out;    // [B, K W], written; may be x for K = 1
+  bool own_tables = false;
+};
+void add_tables(const AddTables& p, const Execution& exec);
 
 // table = the layout of sparse tokens that the schedule gives to timesteps t.
 struct SelectTokens {

@@ -17,7 +17,9 @@ struct Checkpoint;
 // products, on a GPU W_o W_v of pooling blocks folded. Shared by sessions; nothing changes it.
 struct SamplingModelOptions {
   Config config;
-  DensitySchedule schedule = DensitySchedule({Grid{}});
+  // None: default_schedule of each size. FlexPixArt and FlexLatte follow one that is given on other sizes as it is, as
+  // their Python modules do, FlexDiT in proportion; FlexDiT with modules must have one.
+  std::optional<DensitySchedule> schedule;
   std::span<const Matrix> parameters;  // model_parameters(config), on the host or on exec's device, all of dtype
   DType dtype = DType::float32;
   int64_t null_label = -1;  // the label of unconditional passes, or -1: no guidance
@@ -30,7 +32,7 @@ class SamplingModel {
   SamplingModel(const SamplingModel&) = delete;
 
   const Config& config() const;
-  const DensitySchedule& schedule() const;
+  const DensitySchedule& schedule() const;  // of the config's own size
   DType dtype() const;
   int64_t null_label() const;
   const Execution& execution() const;
