@@ -114,8 +114,8 @@ class ArenaRecorder : public trace::Recorder {
     return {field, data, 1, bytes, bytes, Access::scratch};
   }
 
-  // What can be known only when the operation runs: the rows that a table of addresses names, and which samples read
-  // the x0 of the step before.
+  // What can be known only when the operation runs: the rows that a table of addresses names, which samples read the x0
+  // of the step before, and where the keys lie.
   static std::vector<trace::View> resolved(const std::string& name, const std::vector<trace::View>& views) {
     std::vector<trace::View> out;
     for (const trace::View& v : views) {
@@ -130,6 +130,12 @@ class ArenaRecorder : public trace::Recorder {
           out.push_back({v.field, static_cast<const char*>(v.data) + table[b].offset * v.stride_bytes,
                          table[b + 1].offset - table[b].offset, v.row_bytes, v.stride_bytes,
                          written(numbers[b].x0_previous_coef != 0)});
+      } else if (name == "attention" && (v.field == std::string("k") || v.field == std::string("v"))) {
+        const trace::View& layout = find(views, "layout_k");
+        const auto* table = static_cast<const LayoutRow*>(layout.data);
+        for (int64_t b = 0; b + 1 < layout.row_bytes / int64_t{sizeof(LayoutRow)}; ++b)
+          out.push_back({v.field, static_cast<const char*>(v.data) + table[b].offset * v.stride_bytes,
+                         table[b].grid.tokens(), v.row_bytes, v.stride_bytes, Access::read});
       } else {
         out.push_back(v);
       }
@@ -334,6 +340,7 @@ class ArenaChecker {
     static constexpr const char* kPairs[][3] = {
         {"gated_residual", "out", "x"},
         {"gather_sparse", "out", "x"},
+        {"add_tables", "out", "x"},
         {"gelu", "y", "x"},
         {"silu", "y", "x"},
         {"gelu_backward", "grad_x", "grad_y"},

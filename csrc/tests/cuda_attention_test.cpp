@@ -295,6 +295,31 @@ TEST_CASE(views_that_are_optional_or_empty) {
   cuda::attention(p, exec);
 }
 
+// As captions lie in slots: apart, in any order, and several samples' the same.
+TEST_CASE(keys_that_lie_apart) {
+  const HostLayout queries = layout_of({70, 5, 33, 1}), packed = layout_of({90, 7, 90, 64});
+  const LayoutRow table[] = {{70, {1, 1, 90}}, {0, {1, 1, 7}}, {70, {1, 1, 90}}, {5, {1, 2, 32}}, {160, {0, 0, 0}}};
+  Random random(5);
+  const Values q = random_values(109, 72, random), slots = random_values(160, 144, random);
+  Values rows(251, 144);
+  for (int64_t b = 0, row = 0; b < 4; ++b)
+    for (int64_t i = 0; i < table[b].grid.tokens(); ++i, ++row)
+      for (int64_t j = 0; j < 144; ++j) rows(row, j) = slots(table[b].offset + i, j);
+  for (const DType dtype : {DType::float32, DType::bfloat16, DType::float16}) {
+    Device q_view(q, 109, dtype, Placement::columns), kv(slots, 160, dtype, Placement::packed),
+        packed_kv(rows, 251, dtype, Placement::packed), out(109, 72, dtype, Placement::packed),
+        wanted(109, 72, dtype, Placement::packed);
+    const Execution exec{.device = flexdit::Device::cuda};
+    cuda::attention({q_view.view(), packed_kv.view().columns(0, 72), packed_kv.view().columns(72, 72), queries.view(),
+                     packed.view(), 1, wanted.view(), {}},
+                    exec);
+    cuda::attention({q_view.view(), kv.view().columns(0, 72), kv.view().columns(72, 72), queries.view(), {table, 4}, 1,
+                     out.view(), {}},
+                    exec);
+    CHECK_NOTE(identical(out.values(), wanted.values()), name_of(dtype));
+  }
+}
+
 TEST_CASE(refused_head_sizes) {
   const HostLayout layout = layout_of({5});
   for (int head_size : {4, 12, 71, 136}) {

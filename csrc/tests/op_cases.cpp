@@ -173,6 +173,36 @@ OpCase attention_case(const Batch& batch, int64_t c, int64_t num_heads) {
   return o;
 }
 
+// Keys as they lie in slots: apart, in any order, and two samples' the same.
+OpCase apart_case(int64_t c, int64_t num_heads) {
+  const Batch batch = kRagged;
+  OpCase o{.op = "attention",
+           .variant = "keys apart C=" + std::to_string(c),
+           .inputs = {{"q", batch.rows(), c, false, true}, {"k", 11, c, false}, {"v", 11, c, false}},
+           .outputs = {{"out", batch.rows(), c, false}}};
+  static const std::vector<LayoutRow> table = {
+      {7, {1, 1, 3}}, {0, {1, 1, 2}}, {7, {1, 1, 3}}, {3, {1, 2, 2}}, {11, {0, 0, 0}}};
+  o.naive = [=](const std::vector<Values>& in) {
+    naive::Grids grids;
+    Values k(0, c), v(0, c);
+    for (size_t b = 0; b + 1 < table.size(); ++b) {
+      grids.push_back(table[b].grid);
+      for (auto [to, from] : {std::pair(&k, &in[1]), std::pair(&v, &in[2])}) {
+        const Values rows = rows_of(*from, table[b].offset, table[b].grid.tokens());
+        to->v.insert(to->v.end(), rows.v.begin(), rows.v.end()), to->rows += rows.rows;
+      }
+    }
+    return std::vector{naive::attention(in[0], k, v, batch.dense, grids, num_heads)[0]};
+  };
+  o.forward = [=](const Views& in, const Views& out, const Execution& exec) {
+    const CaseLayout layout_q = batch.layout();
+    Attention a{.q = in[0], .k = in[1], .v = in[2], .layout_q = layout_q.view(), .layout_k = {table.data(), batch.size()}};
+    a.num_heads = num_heads, a.out = out[0];
+    attention(a, exec);
+  };
+  return o;
+}
+
 OpCase patch_case(const Batch& batch, int64_t channels, int64_t patch, bool channels_last, bool to_rows) {
   const int64_t rows = batch.rows(), cols = channels * patch * patch;
   const Field image{"image", 1, rows * cols, false, true}, matrix{"rows", rows, cols, false, true};
@@ -290,6 +320,7 @@ std::vector<OpCase> attention_cases() {
                                attention_case(kOneSample, 7, 7),
                                attention_case(kOneToken, 9, 3),
                                attention_case({"self", kRagged.dense, kRagged.dense}, 36, 3),
+                               apart_case(36, 3),
                                attention_case(long_rows, 7, 1)};
   cases.back().large = true;
   return cases;

@@ -14,10 +14,10 @@ namespace flexdit::test {
 
 struct TestModel {
   Config config;
-  DensitySchedule schedule;
+  std::optional<DensitySchedule> schedule;
   std::vector<Values> parameters;
 
-  TestModel(const Config& c, const DensitySchedule& s, uint64_t seed = 5) : config(c), schedule(s) {
+  TestModel(const Config& c, const std::optional<DensitySchedule>& s, uint64_t seed = 5) : config(c), schedule(s) {
     Random random(seed);
     for (const ParameterSpec& spec : model_parameters(c))
       parameters.push_back(
@@ -63,7 +63,7 @@ struct SamplerCase {
 class NaiveSampler {
  public:
   NaiveSampler(const TestModel& model, const SampleRequest& request, int64_t guided_channels)
-      : r_(request), guided_(guided_channels), schedule_(model.schedule), own_(model.config.dense_grid()) {
+      : r_(request), guided_(guided_channels), schedule_(*model.schedule), own_(model.config.dense_grid()) {
     config_ = model.config;
     if (r_.height) config_.input_height = r_.height;
     if (r_.width) config_.input_width = r_.width;
@@ -259,6 +259,24 @@ inline double relative_difference(const Values& got, const Values& wanted) {
   return worst / largest;
 }
 
+inline CaptionInput random_caption(Random& random, const Config& c) {
+  CaptionInput caption;
+  caption.tokens = 1 + random.below(c.max_caption_tokens);
+  caption.rows = random_values(caption.tokens, c.caption_channels, random).v;
+  return caption;
+}
+// What a model is conditioned on besides the label; the unconditional captions are one of two.
+inline void add_conditions(SampleRequest& r, Random& random, const Config& c) {
+  if (c.caption_channels) {
+    Random null(1 + random.below(2));
+    r.caption = random_caption(random, c), r.null_caption = random_caption(null, c);
+  }
+  if (c.size_conditions)
+    r.resolution[0] = 64 + random.below(900), r.resolution[1] = 64 + random.below(900),
+    r.aspect_ratio = r.resolution[0] / r.resolution[1];
+  if (c.num_frames > 1) r.frames = random.below(c.num_frames + 1);
+}
+
 // Any sampler, guidance, interval and size.
 inline SampleRequest random_request(Random& random, const TestModel& model, int64_t most_steps) {
   const Config& c = model.config;
@@ -268,9 +286,11 @@ inline SampleRequest random_request(Random& random, const TestModel& model, int6
   if (sampler.kind == SamplerKind::ddim && random.below(2)) sampler.eta = 0.5;
   if (sampler.kind == SamplerKind::ddpm)
     sampler.learned_variance = c.out_channels == 2 * c.in_channels && random.below(2);
-  SampleRequest r{.label = random.below(c.label_rows), .seed = random.next(), .steps = sampler.table()};
+  SampleRequest r{.label = c.label_rows ? random.below(c.label_rows) : 0, .seed = random.next(), .steps = sampler.table()};
   const double guidances[] = {1, 1, 0, 1.5, 4};
   r.guidance = guidances[random.below(5)];
+  if (!c.label_rows && !c.caption_channels) r.guidance = 1;
+  add_conditions(r, random, c);
   if (random.below(3) == 0) r.guidance_begin = 200, r.guidance_end = 800;
   if (random.below(3) == 0)
     r.height = c.patch_size * (1 + random.below(6)), r.width = c.patch_size * (1 + random.below(6));
