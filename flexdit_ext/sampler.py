@@ -45,8 +45,8 @@ _NO_SIZES = (0.0, 0.0)  # the resolution of a request to a model without size_co
 
 
 class Sampler(Generic[Latents]):
-    """A model's weights prepared for sampling; the images are those of flexdit_ext.sample, of FlexPixArt and FlexLatte
-    those of sample_conditional: on a CPU with AVX-512 to the bit in float32 and bfloat16, else up to rounding.
+    """A model's weights prepared for sampling; the images are those of flexdit_ext.sample, on a CPU with AVX-512 to the
+    bit in float32 and bfloat16, of FlexPixArt and FlexLatte those of sample_conditional; else up to rounding.
 
     Its own copy: adapters of peft merged, modulation layers in one matrix, packed for the CPU's products, for a GPU
     pooling blocks folded; changes of the model do not reach it. The work runs on the model's device, on a GPU in its
