@@ -1,4 +1,4 @@
-"""Checkpoints of FlexPixArt and FlexLatte: as FlexDiT's, with the model's name in config.json."""
+"""Checkpoints of FlexPixArt and FlexLatte: as FlexDiT's, with the class in config.json. Loading of any of the three."""
 
 from __future__ import annotations
 
@@ -10,10 +10,32 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ._config_file import CLASS_KEY, parse_object, parse_single_config, read_config_text
+from ._config_file import CLASS_KEY, parse_object, parse_single_config, read_any_config, read_config_text
 from ._shards import parse_size
-from .checkpoint import check_state_dict, load_state_dict_file, locate, one_device, write_checkpoint
-from .single_model import SingleFlexDiT
+from .checkpoint import (
+    check_state_dict,
+    load_pretrained,
+    load_state_dict_file,
+    locate,
+    one_device,
+    write_checkpoint,
+)
+from .model import FlexDiT
+from .single_model import FlexLatte, FlexPixArt, SingleFlexDiT
+
+_KINDS = {kind.__name__ + "Config": kind for kind in (FlexDiT, FlexPixArt, FlexLatte)}
+
+
+def class_and_config(path) -> tuple[type, object]:
+    """The class whose save_pretrained wrote the checkpoint, and its configuration. Errors as load_any's."""
+    config = read_any_config(locate(path))
+    return _KINDS[type(config).__name__], config
+
+
+def load_any(path, dtype: torch.dtype | None = None, device=None) -> FlexDiT | SingleFlexDiT:
+    """As checkpoint.load_pretrained, for a checkpoint of any of the three classes."""
+    kind, _ = class_and_config(path)
+    return load_pretrained(path, dtype, device) if kind is FlexDiT else load_single(kind, path, dtype, device)
 
 
 def save_single(model: SingleFlexDiT, directory: str | os.PathLike, max_shard_size: int | str | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -14,9 +15,10 @@ from torch import Tensor
 from ._checkpoint_single import build_single
 from ._convert_diffusers import WEIGHTS_NAME, read_json, transformer_folder
 from ._report import Report
+from ._shards import parse_size
 from ._sparsify import into_layout
 from ._state_dict import load_tensors, rename, reverse, translate
-from .checkpoint import CONFIG_NAME, find_weights
+from .checkpoint import CONFIG_NAME, find_weights, write_checkpoint
 from .config_single import FlexLatteConfig, FlexPixArtConfig
 from .single_model import FlexLatte, FlexPixArt, SingleFlexDiT
 
@@ -244,6 +246,21 @@ def to_latte(model: FlexLatte, report: Report | None = None) -> tuple[dict[str, 
         "cross_attention_dim": config.hidden_size,
     }
     return _their_tensors(model, lambda k: f"{'temporal_' if k % 2 else ''}transformer_blocks.{k // 2}", report), theirs
+
+
+def save_single_diffusers(
+    model: SingleFlexDiT,
+    directory: str | os.PathLike,
+    *,
+    max_shard_size: int | str | None = None,
+    report: Report | None = None,
+) -> None:
+    """Writes the folder that PixArtTransformer2DModel's or LatteTransformer3DModel's from_pretrained reads, whole or
+    not at all. Errors as to_pixart and to_latte."""
+    most = None if max_shard_size is None else parse_size("max_shard_size", max_shard_size)
+    tensors, config = (to_pixart if isinstance(model, FlexPixArt) else to_latte)(model, report)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # rows of one qkv share memory
+    write_checkpoint(tensors, Path(directory), json.dumps(config, indent=2) + "\n", most, WEIGHTS_NAME)
 
 
 def _check_dense(model, kind: type[SingleFlexDiT], source: str):

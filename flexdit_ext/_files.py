@@ -59,12 +59,12 @@ def write_file(path: Path, data: bytes) -> None:
         ) from error
 
 
-def check_finite(images: Tensor, first: int) -> None:
-    """first: the number of the first image, for the message."""
+def check_finite(images: Tensor, first: int, what: str = "image") -> None:
+    """first: the number of the first one, for the message."""
     bad = (~images.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
     if bad:
         raise ValueError(
-            f"image {first + bad[0]} is not finite: the model, its dtype or the guidance does not bear this"
+            f"{what} {first + bad[0]} is not finite: the model, its dtype or the guidance does not bear this"
         )
 
 

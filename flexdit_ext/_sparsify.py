@@ -11,10 +11,12 @@ from torch import Tensor
 
 from . import _C
 from ._arguments import Grid
+from ._checkpoint_single import build_single
 from ._report import Report
 from ._state_dict import SDTM_KINDS, read_config
 from .checkpoint import build_model
 from .config import FlexDiTConfig
+from .config_single import FlexLatteConfig, FlexPixArtConfig
 from .model import FlexDiT, sincos_position_embedding
 from .schedule import DensitySchedule
 
@@ -23,25 +25,33 @@ _SAME = ("input_size", "patch_size", "in_channels", "hidden_size", "num_heads", 
 POSITIONS = ("interpolate", "sincos")
 
 
-def sparsify(dense_model: torch.nn.Module, config: FlexDiTConfig, report: Report | None = None) -> FlexDiT:
-    """FlexDiT of layout `config` from a dense one, by the paper's initialisation for fine-tuning (arXiv 2412.06028).
+def sparsify(dense_model: torch.nn.Module, config, report: Report | None = None) -> torch.nn.Module:
+    """The model of layout `config` from a dense one, by the paper's initialisation for fine-tuning (arXiv 2412.06028).
 
     Block k of FlexDiT, in order of computation, takes block k of the dense model: pooling blocks its value projection,
     generation and recovery blocks qkv as q and kv. W_1 = 0, b_1 = 0, W_2 = I, b_2 = 0, so recovery starts from the
     dense tokens.
 
-    dense_model: FlexDiT (or reference.FlexDiT) with num_pooling_blocks = num_sdtm = 0 and config.depth dense blocks.
+    dense_model: FlexDiT (or reference.FlexDiT) with num_pooling_blocks = num_sdtm = 0 and config.depth dense blocks;
+        for a FlexPixArtConfig or a FlexLatteConfig a model of that class.
     Returns a model with copied weights of the same dtype and device, in evaluation mode. Raises ValueError where
     `config` differs in more than layout, schedule, reinject_position, timestep_shift, mlp_norm_eps and the value of
     class_dropout_prob.
     """
-    if not isinstance(config, FlexDiTConfig):
-        raise TypeError(f"config is a {type(config).__name__}, must be a FlexDiTConfig")
+    single = isinstance(config, (FlexPixArtConfig, FlexLatteConfig))
+    if not single and not isinstance(config, FlexDiTConfig):
+        raise TypeError(
+            f"config is a {type(config).__name__}, must be a FlexDiTConfig, FlexPixArtConfig or FlexLatteConfig"
+        )
     report = Report() if report is None else report
     state_dict = dense_model.state_dict()
     if not report.mapped:
         report.start(state_dict)
     device = state_dict["patch_embed.weight"].device
+    if single:
+        _check_single(dense_model, config)
+        tensors = into_layout(state_dict, config, report)
+        return build_single(type(dense_model), config, tensors, None, device, "sparsify: dense_model")
     tensors = sparsify_tensors(state_dict, dense_model.config, config, report)
     return build_model(config, tensors, None, device, "sparsify: dense_model")
 
@@ -175,8 +185,27 @@ def _check_same_width(dense, config: FlexDiTConfig) -> None:
     values = {name: (getattr(dense, name), getattr(config, name)) for name in _SAME}
     values["mlp_hidden_size"] = int(dense.hidden_size * dense.mlp_ratio), config.mlp_hidden_size
     values["null class"] = dense.class_dropout_prob > 0, config.class_dropout_prob > 0
+    _raise_differences(values)
+
+
+def _raise_differences(values: Mapping[str, tuple]) -> None:
+    """values: name -> (the dense model's, config's)."""
     if wrong := [f"{name} {theirs} and {ours}" for name, (theirs, ours) in values.items() if theirs != ours]:
         raise ValueError(f"the dense model and config differ in {', '.join(wrong)}")
+
+
+def _check_single(dense_model: torch.nn.Module, config) -> None:
+    """Of a FlexPixArt or a FlexLatte."""
+    if getattr(dense_model, "config_class", None) is not type(config):
+        raise TypeError(f"dense_model is a {type(dense_model).__name__}, which has no {type(config).__name__}")
+    dense = dense_model.config
+    if dense.num_pooling_blocks or dense.num_sdtm:
+        raise ValueError("the dense model has pooling blocks or SDTMs, must have dense blocks only")
+    free = {*_LAYOUT, "schedule", "class_dropout_prob"}
+    names = [field.name for field in dataclasses.fields(config) if field.name not in free]
+    values = {name: (getattr(dense, name), getattr(config, name)) for name in [*names, "depth"]}
+    values["null class"] = dense.class_dropout_prob > 0, config.class_dropout_prob > 0
+    _raise_differences(values)
 
 
 def _block_order(config: FlexDiTConfig) -> list[tuple[str, str]]:

@@ -18,11 +18,8 @@ def load_decoder(folder: Path, channels: int, device: torch.device) -> Callable[
     folder: of AutoencoderKL.save_pretrained, or of a pipeline with such a vae/; its weights are safetensors, no pickle.
     Raises FileNotFoundError, ImportError, or ValueError naming the folder.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"--vae: {folder} is not a folder")
-    if not (folder / "config.json").exists() and (folder / "vae").is_dir():
-        folder = folder / "vae"
-    _check_config(folder, channels)
+    folder = _find(folder)
+    _check_config(_read_config(folder), folder, channels)
     vae = _load(folder).to(device).eval()
     config = vae.config
     scale, shift = 1 / config.scaling_factor, config.shift_factor or 0.0
@@ -38,15 +35,33 @@ def load_decoder(folder: Path, channels: int, device: torch.device) -> Callable[
     return decode
 
 
-def _check_config(folder: Path, channels: int) -> None:
-    """What can be told before the weights are read."""
+def pixels_per_latent(folder: Path) -> int:
+    """By how much the images of load_decoder are larger than their latents. Errors as there."""
+    config = _read_config(_find(folder))
+    levels = config.get("block_out_channels", (64,)) if isinstance(config, dict) else ()
+    if not isinstance(levels, (list, tuple)) or not levels:
+        raise ValueError(f"--vae: {folder} has block_out_channels {levels!r}, must be a list")
+    return 2 ** (len(levels) - 1)
+
+
+def _find(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--vae: {folder} is not a folder")
+    return folder / "vae" if not (folder / "config.json").exists() and (folder / "vae").is_dir() else folder
+
+
+def _read_config(folder: Path):
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())
     except OSError as error:
         raise FileNotFoundError(f"--vae: {path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"--vae: {path} is not JSON: {error}") from error
+
+
+def _check_config(config, folder: Path, channels: int) -> None:
+    """What can be told before the weights are read."""
     kind = config.get("_class_name") if isinstance(config, dict) else None
     if kind != "AutoencoderKL":
         raise ValueError(f"--vae: {folder} is a {kind or 'folder of something else'}, must be an AutoencoderKL")

@@ -1,4 +1,4 @@
-"""`flexdit convert SRC DST --to ...`: checkpoints from and to FlexDiT, DiT, diffusers and SparseDiT."""
+"""`flexdit convert SRC DST --to ...`: checkpoints from and to FlexDiT, DiT, diffusers (PixArt, Latte) and SparseDiT."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ import safetensors.torch
 import torch
 
 from . import convert
-from ._convert_diffusers import WEIGHTS_NAME, read_json, save_diffusers, transformer_folder
+from ._checkpoint_single import load_any
+from ._convert_diffusers import save_diffusers
+from ._convert_single import save_single_diffusers
 from ._report import Report
 from ._shards import parse_size
 from ._sparsify import POSITIONS
-from .checkpoint import CONFIG_NAME, build_model, find_weights, load_pretrained, load_state_dict_file, save_pretrained
+from ._wrapped import load_wrapped
+from .checkpoint import load_state_dict_file
 from .config import FlexDiTConfig
 from .model import FlexDiT
+from .single_model import SingleFlexDiT
 
 TARGETS = ("flexdit", "dit", "diffusers", "sparsedit")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -107,15 +111,22 @@ def _check_target(arguments) -> None:
         raise ValueError(f"--max-shard-size is for folders, --to {arguments.to} writes one file")
 
 
-def _load(arguments, report: Report) -> FlexDiT:
+def _load(arguments, report: Report) -> FlexDiT | SingleFlexDiT:
     kind = arguments.origin or convert.detect(arguments.source)
+    if kind == "diffusers" and Path(arguments.source).is_dir():
+        kind = convert.detect(arguments.source)  # of which class
+    if kind in ("pixart", "latte"):
+        _check_options(arguments, kind)
+        return (convert.from_pixart if kind == "pixart" else convert.from_latte)(arguments.source, report=report)
     options = {"report": report, "ignore_unused": arguments.ignore_unused}
     if arguments.num_classes is not None:
         options["num_classes"] = arguments.num_classes
     if arguments.dit_constants and kind != "diffusers":
         raise ValueError(f"--dit-constants is for a source written by diffusers, {arguments.source} is a {kind}")
     if kind in ("flexdit", "flexdit-diffusers"):
-        model = load_pretrained(arguments.source) if kind == "flexdit" else load_wrapped(arguments.source)
+        model = load_any(arguments.source) if kind == "flexdit" else load_wrapped(arguments.source)
+        if isinstance(model, SingleFlexDiT):
+            _check_options(arguments, type(model).__name__)
         report.start(model.state_dict())
         return model
     if kind == "diffusers":
@@ -126,15 +137,14 @@ def _load(arguments, report: Report) -> FlexDiT:
     return reader(arguments.source, heads, key=arguments.key, **options)
 
 
-def load_wrapped(path) -> FlexDiT:
-    """The FlexDiT in a folder of flexdit_ext.diffusers.FlexDiTTransformer2DModel."""
-    folder = transformer_folder(Path(path))
-    values = {name: value for name, value in read_json(folder / CONFIG_NAME).items() if not name.startswith("_")}
-    del values["out_channels"]
-    values["input_size"] = values.pop("sample_size")
-    tensors = load_state_dict_file(find_weights(folder, WEIGHTS_NAME))
-    tensors = {name.removeprefix("flexdit."): tensor for name, tensor in tensors.items()}
-    return build_model(FlexDiTConfig.from_dict(values), tensors, source=str(folder))
+def _check_options(arguments, kind: str) -> None:
+    """Those for FlexDiT alone."""
+    names = ("num_heads", "num_classes", "input_size", "image_size", "key", "dit_constants", "ignore_unused")
+    for name in names:
+        if getattr(arguments, name) not in (None, False):
+            raise ValueError(f"--{name.replace('_', '-')} is for DiTs, {arguments.source} is a {kind}")
+    if arguments.to in ("dit", "sparsedit"):
+        raise ValueError(f"--to is {arguments.to}, must be flexdit or diffusers: {arguments.source} is a {kind}")
 
 
 def _heads(arguments, report: Report) -> int:
@@ -150,7 +160,7 @@ def _heads(arguments, report: Report) -> int:
     return _HEADS[hidden]
 
 
-def _with_layout(model: FlexDiT, layout: str, report: Report) -> FlexDiT:
+def _with_layout(model: FlexDiT | SingleFlexDiT, layout: str, report: Report) -> FlexDiT | SingleFlexDiT:
     values = parse_layout(layout)
     config = dataclasses.replace(model.config, **{name: values[name] for name in LAYOUT_FIELDS})
     for name in ("hidden_size", "num_heads", "patch_size"):
@@ -178,23 +188,31 @@ def parse_layout(layout: str) -> dict:
     return {name: getattr(preset, name) for name in (*LAYOUT_FIELDS, "hidden_size", "num_heads", "patch_size")}
 
 
-def _write(model: FlexDiT, arguments, report: Report) -> None:
+def _write(model: FlexDiT | SingleFlexDiT, arguments, report: Report) -> None:
     target, shard = Path(arguments.target), {"max_shard_size": arguments.max_shard_size}
     if arguments.to == "flexdit":
-        save_pretrained(model, target, **shard)
+        model.save_pretrained(target, **shard)
     elif arguments.to == "dit":
         _write_file(convert.to_dit(model, report), target)
     elif arguments.to == "sparsedit":
         _write_file(convert.to_sparsedit(model, report=report), target)
     elif model.config.num_pooling_blocks or model.config.num_sdtm:
-        from .diffusers import FlexDiTTransformer2DModel
-
-        FlexDiTTransformer2DModel.from_flexdit(model).save_pretrained(
-            target, **{name: value for name, value in shard.items() if value is not None}
-        )
-        report.notes.append("written as flexdit_ext.diffusers.FlexDiTTransformer2DModel: diffusers' DiT is dense")
+        wrapper = _wrap(model)
+        wrapper.save_pretrained(target, **{name: value for name, value in shard.items() if value is not None})
+        report.notes.append(f"written as flexdit_ext.diffusers.{type(wrapper).__name__}: diffusers' own class is dense")
     else:
-        save_diffusers(model, target, **shard, report=report)
+        save = save_diffusers if isinstance(model, FlexDiT) else save_single_diffusers
+        save(model, target, **shard, report=report)
+
+
+def _wrap(model: FlexDiT | SingleFlexDiT):
+    from . import diffusers
+
+    return {
+        "FlexDiT": diffusers.FlexDiTTransformer2DModel.from_flexdit,
+        "FlexPixArt": diffusers.FlexPixArtTransformer2DModel.from_flexpixart,
+        "FlexLatte": diffusers.FlexLatteTransformer3DModel.from_flexlatte,
+    }[type(model).__name__](model)
 
 
 def _write_file(tensors: dict[str, torch.Tensor], target: Path) -> None:

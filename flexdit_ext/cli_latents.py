@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 from pathlib import Path
 
@@ -14,13 +15,26 @@ from .cli_train import needing
 def add_parser(commands) -> None:
     parser = commands.add_parser(
         "latents",
-        help="encode a folder of images for training",
-        description="Encodes images (a folder for each class) with an AutoencoderKL into safetensors shards. Call it "
-        "again to go on; several processes: torchrun --nproc-per-node 8 -m flexdit_ext latents ...",
+        help="encode a folder of images or clips for training",
+        description="Encodes images or clips (a folder for each class; with --text-encoder NAME.txt beside NAME.png) "
+        "with an AutoencoderKL into safetensors shards. Call it again to go on; several processes: "
+        "torchrun --nproc-per-node 8 -m flexdit_ext latents ...",
     )
-    parser.add_argument("images", help="a folder with a folder for each class")
-    parser.add_argument("target", help="the folder of the shards: data.path of a configuration with data.kind latents")
+    parser.add_argument("images", help="a folder with a folder for each class, or with texts beside the images")
+    parser.add_argument(
+        "target",
+        help="the folder of the shards: data.path of a configuration with data.kind latents, clips or captions",
+    )
     parser.add_argument("--vae", required=True, help="a folder or Hub id of diffusers' AutoencoderKL, or of a pipeline")
+    parser.add_argument(
+        "--text-encoder",
+        help="a folder of a T5 with its tokenizer, or of a pipeline: NAME.txt is beside NAME.png",
+    )
+    parser.add_argument("--max-tokens", type=int, default=120, help="of a caption, longer ones are cut (120)")
+    parser.add_argument(
+        "--frames", type=int, default=0, help="encode clips of so many frames: animated GIF, WebP, folders of pictures"
+    )
+    parser.add_argument("--frame-step", type=int, default=1, help="of so many frames one is taken (1)")
     parser.add_argument("--size", type=int, default=256, help="of the square images, in pixels (256)")
     parser.add_argument("--flip", action="store_true", help="mirrored images, too")
     parser.add_argument("--mean", action="store_true", help="the posterior's mean in place of a sample")
@@ -36,11 +50,11 @@ def add_parser(commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    names = ("images", "vae", "size", "flip", "mean", "seed", "dtype", "batch_size", "shard_size")
     target = Path(arguments.target)
-    with needing("train,diffusers"):
+    with needing("train,diffusers,text"):
         from .training.latents import LatentSettings, write_latents
 
+        names = [field.name for field in dataclasses.fields(LatentSettings)]
         settings = LatentSettings(**{name: getattr(arguments, name) for name in names})
         paths = write_latents(settings, target, rank, world, arguments.device or gpu, arguments.workers)
     print(f"written: {len(paths)} shards in {target}")

@@ -1,4 +1,5 @@
-"""`flexdit sample`: images, or latents, from a checkpoint's folder."""
+"""`flexdit sample`: images, clips or latents from a checkpoint's folder. cli_sample_single goes on where it is of text
+or of clips."""
 
 from __future__ import annotations
 
@@ -15,8 +16,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ._checkpoint_single import class_and_config
+from ._clips import FORMATS
 from ._core import CUDA_ARCHITECTURES
 from ._files import all_or_nothing, arrange, check_finite, png, to_pixels, write_file
+from ._requests import last_label
 from ._vae import PIXEL_CHANNELS, load_decoder
 from .diffusion.samplers import SAMPLERS
 from .model import FlexDiT
@@ -24,20 +28,25 @@ from .sampler import Sampler
 from .sampling import progress_bar
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
-_GRID_IMAGES = 256  # in grid.png
-_SETTINGS = (
+GRID_IMAGES = 256  # in grid.png
+SETTINGS = (
     *("seed", "sampler", "steps", "eta", "cfg_scale", "guidance_interval", "guidance_channels", "size", "grid"),
     *("clip_x0", "dtype"),
 )
 
 DESCRIPTION = f"""\
-Draws images of the labels with a FlexDiT from save_pretrained's folder, in C++ from the first step to the last
-(flexdit_ext.Sampler). Writes 00000_LABEL.png, 00001_LABEL.png, ... and grid.png (of the first {_GRID_IMAGES}) into
---out, all of them or none. Latents go through the autoencoder of --vae; without it a model of 1 or 3 channels draws
-pixels, and any other's latents are written as they are."""
+Draws images of labels with a FlexDiT, images of prompts with a FlexPixArt, clips of labels or prompts with a FlexLatte,
+from save_pretrained's folder, in C++ from the first step to the last (flexdit_ext.Sampler). Writes 00000_LABEL.png,
+00001_LABEL.png, ... (of prompts 00000.png, clips as .gif, .webp or .mp4) and grid.png (of the first {GRID_IMAGES} images or
+first frames) into --out, all of them or none. Latents go through the autoencoder of --vae; without it a model of 1 or 3
+channels draws pixels, and any other's latents are written as they are.
+
+Prompts are read as diffusers' pipelines read them: in lower case, by a T5 encoder; what is longer than the model's
+captions is cut off, and a warning says so. Nothing is fetched from a network for them."""
 EPILOG = """\
 exit codes: 0 done, 2 it could not be done and nothing was written, 130 interrupted
-example: flexdit sample --checkpoint xl2 --vae sd-vae-ft-ema --labels 207,360 --cfg-scale 4 --out images"""
+examples: flexdit sample --checkpoint xl2 --vae sd-vae-ft-ema --labels 207,360 --cfg-scale 4 --out images
+          flexdit sample --checkpoint pixart --text-encoder pipeline --vae pipeline --prompt 'a red cat' --out images"""
 
 
 def labels(text: str) -> list[int]:
@@ -62,6 +71,11 @@ def sides(text: str) -> tuple[int, int]:
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r}, must be HEIGHTxWIDTH, or one number for both")
     return int(match[1]), int(match[2] or match[1])
+
+
+def grid(text: str) -> tuple[int, ...]:
+    match = re.fullmatch(r"(\d{1,9})x(\d{1,9})x(\d{1,9})", text)
+    return tuple(map(int, match.groups())) if match else sides(text)
 
 
 def channels(text: str) -> int | str:
@@ -105,16 +119,48 @@ def add_parser(commands) -> None:
     add("--columns", type=count, metavar="N", help="images in a row of grid.png")
 
     add = parser.add_argument_group("images").add_argument
-    add("--labels", required=True, type=labels, metavar="A,B,...", help="class labels")
-    add("--images-per-label", type=count, default=1, metavar="N", help="default %(default)s")
+    add("--labels", type=labels, metavar="A,B,...", help="class labels")
+    add(
+        *("--images-per-label", "--images-per-prompt"),
+        dest="images_per_label",
+        type=count,
+        default=1,
+        metavar="N",
+        help="also for each caption, and clips; default %(default)s",
+    )
     add("--seed", type=int, default=0, help="of the whole run, default %(default)s")
     add("--start-index", type=int, default=0, metavar="N", help="of the first image, to go on with a run's images")
     add(
         "--size", type=sides, metavar="HxW", help="of the latent, or of the pixels where there is none; default its own"
     )
 
+    _add_text(parser)
+    add = parser.add_argument_group("clips").add_argument
+    add("--frames", type=count, metavar="N", help="default and at most the model's")
+    add("--fps", type=count, metavar="N", help="frames a second, default 8")
+    add("--format", choices=FORMATS, help="default gif; mp4 needs imageio-ffmpeg")
+
     add_sampling(parser)
     add_machine(parser)
+
+
+def _add_text(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("text")
+    texts = group.add_mutually_exclusive_group()
+    texts.add_argument("--prompt", action="append", metavar="TEXT", help="several times for several")
+    texts.add_argument("--prompts", metavar="FILE", help="one prompt a line")
+    texts.add_argument(
+        "--captions",
+        metavar="FILE",
+        help="of another encoder, as safetensors: caption [N, L, C], and if there are any caption_mask [N, L], "
+        "null_caption [L, C] for guidance, null_caption_mask",
+    )
+    group.add_argument("--negative-prompt", metavar="TEXT", help="guidance leads away from it, default the empty text")
+    group.add_argument(
+        "--text-encoder",
+        metavar="DIR",
+        help="folder of transformers' T5 encoder and its tokenizer, or of a pipeline with text_encoder/ and tokenizer/",
+    )
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -125,8 +171,13 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--eta", type=float, default=0.0, help="DDIM's, 0 to 1, default %(default)s")
     add("--cfg-scale", type=float, default=1.0, metavar="SCALE", help="guidance; 1, the default, is none")
     add("--guidance-interval", type=float, nargs=2, metavar=("FIRST", "LAST"), help="timesteps guided, default all")
-    add("--guidance-channels", type=channels, metavar="N", help="the first N are guided, or all; default at most 3")
-    add("--grid", type=sides, metavar="HxW", help="sparse grid of every step, instead of the model's schedule")
+    add(
+        "--guidance-channels",
+        type=channels,
+        metavar="N",
+        help="the first N are guided, or all; default at most 3, for text and clips all",
+    )
+    add("--grid", type=grid, metavar="HxW", help="sparse grid of every step, instead of the schedule; clips: FxHxW")
     add("--clip-x0", action="store_true", help="clamp the predicted image to [-1, 1] in every step")
 
 
@@ -154,26 +205,54 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     add("--quiet", action="store_true", help="print nothing but errors")
 
 
+_FOR_SINGLE = ("prompt", "prompts", "captions", "negative_prompt", "text_encoder", "frames", "fps", "format")
+
+
 def run(arguments: argparse.Namespace) -> int:
+    if not (arguments.labels or arguments.prompt or arguments.prompts or arguments.captions):
+        raise ValueError("one of these is required: --labels, --prompt, --prompts, --captions")
+    kind, config = class_and_config(arguments.checkpoint)
+    if kind is FlexDiT:
+        return _run(arguments)
+    from . import cli_sample_single  # which takes from here what the two share
+
+    return cli_sample_single.run(arguments, kind, config)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """Of a FlexDiT."""
+    for name in _FOR_SINGLE:
+        if getattr(arguments, name) is not None:
+            wanted = "models of clips" if name in ("frames", "fps", "format") else "models of text"
+            raise ValueError(f"--{name.replace('_', '-')} is for {wanted}, {arguments.checkpoint} is a FlexDiT")
     model = FlexDiT.from_pretrained(arguments.checkpoint, device=arguments.device or default_device())
-    last = model.config.num_classes - (0 if model.config.class_dropout_prob > 0 else 1)
-    if bad := [label for label in arguments.labels if not 0 <= label <= last]:
-        raise ValueError(f"--labels: {bad[0]}, must be from 0 to {last}")
+    chosen = check_labels(arguments.labels, model.config)
     decode = _decoder(arguments, model)
     sampler = Sampler(model, DTYPES.get(arguments.dtype))
     del model  # the sampler has its own copy
-    wanted = [label for label in arguments.labels for _ in range(arguments.images_per_label)]
+    wanted = [label for label in chosen for _ in range(arguments.images_per_label)]
     with all_or_nothing(arguments.out) as folder:
         latents = _sample(sampler, wanted, arguments)
         if arguments.latents or decode is None:
-            _write_latents(folder, latents, wanted, arguments.latents or "safetensors")
+            write_latents(folder, latents, arguments.latents or "safetensors", labels=torch.tensor(wanted))
         if decode is not None:
             _write_images(folder, latents, wanted, decode, arguments)
         written = sorted(path.name for path in folder.iterdir())
-    if not arguments.quiet:
-        names = written if len(written) <= 6 else [*written[:2], "...", *written[-3:]]
-        print(f"written to {arguments.out}: {' '.join(names)}")
+    print_written(written, arguments)
     return 0
+
+
+def check_labels(labels: list[int], config) -> list[int]:
+    last = last_label(config)
+    if bad := [label for label in labels if not 0 <= label <= last]:
+        raise ValueError(f"--labels: {bad[0]}, must be from 0 to {last}")
+    return labels
+
+
+def print_written(names: list[str], arguments: argparse.Namespace) -> None:
+    if not arguments.quiet:
+        shown = names if len(names) <= 6 else [*names[:2], "...", *names[-3:]]
+        print(f"written to {arguments.out}: {' '.join(shown)}")
 
 
 def _sample(sampler: Sampler, wanted: list[int], arguments: argparse.Namespace) -> Tensor:
@@ -205,12 +284,13 @@ def require(module: str, package: str, purpose: str) -> None:
         raise ImportError(f"{purpose} needs {package}: pip install {package}, or flexdit_ext[cli]")
 
 
-def _write_latents(folder: Path, latents: Tensor, wanted: list[int], form: str) -> None:
+def write_latents(folder: Path, latents: Tensor, form: str, **others: Tensor) -> None:
+    """others: what goes beside them into a safetensors file."""
     latents, file = latents.cpu().contiguous(), io.BytesIO()
     if form == "npy":  # numpy has no bfloat16
         np.save(file, latents.to(torch.promote_types(latents.dtype, torch.float32)).numpy(), allow_pickle=False)
     else:
-        file.write(safetensors.torch.save({"latents": latents, "labels": torch.tensor(wanted)}))
+        file.write(safetensors.torch.save({"latents": latents} | others))
     write_file(folder / f"latents.{form}", file.getvalue())
 
 
@@ -223,9 +303,9 @@ def _write_images(folder: Path, latents: Tensor, wanted: list[int], decode, argu
             index = arguments.start_index + i
             check_finite(image, index)
             (pixels,) = to_pixels(image)
-            settings = {"label": label, "index": index} | {name: getattr(arguments, name) for name in _SETTINGS}
+            settings = {"label": label, "index": index} | {name: getattr(arguments, name) for name in SETTINGS}
             write_file(folder / f"{index:05d}_{label}.png", png(pixels, {"flexdit": json.dumps(settings)}))
-            if len(shown) < _GRID_IMAGES:
+            if len(shown) < GRID_IMAGES:
                 shown.append(pixels)
             tick()
     several = arguments.images_per_label if arguments.images_per_label > 1 else math.ceil(math.sqrt(len(shown)))

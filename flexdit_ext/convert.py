@@ -38,6 +38,7 @@ from ._state_dict import (
     reverse,
     translate,
 )
+from ._wrapped import WRAPPERS
 from .checkpoint import CONFIG_NAME, load_state_dict_file
 from .config import FlexDiTConfig
 from .model import FlexDiT
@@ -204,7 +205,12 @@ def to_dit(model: torch.nn.Module, report: Report | None = None) -> dict[str, Te
 
 # ---- any checkpoint -------------------------------------------------------------------------------------------------
 
-_DIFFUSERS_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second in the published checkpoints
+_DIFFUSERS_CLASSES = {
+    "DiTTransformer2DModel": "diffusers",
+    "Transformer2DModel": "diffusers",  # in the published checkpoints, also PixArt's
+    "PixArtTransformer2DModel": "pixart",
+    "LatteTransformer3DModel": "latte",
+}
 _MARKS = {
     "flexdit": "patch_embed.weight",
     "diffusers": "pos_embed.proj.weight",
@@ -214,19 +220,25 @@ _MARKS = {
 
 
 def detect(path: str | os.PathLike) -> str:
-    """What wrote a checkpoint: "flexdit", "flexdit-diffusers" (FlexDiTTransformer2DModel), "dit", "diffusers" or
-    "sparsedit". A SparseDiT without SDTMs is named by its pooling blocks, and without those is taken for a DiT.
+    """What wrote a checkpoint: "flexdit" (FlexPixArt and FlexLatte, too), "flexdit-diffusers" (flexdit_ext.diffusers),
+    "dit", "diffusers" (its DiT), "pixart", "latte" (diffusers' as well) or "sparsedit". A SparseDiT without SDTMs is
+    named by its pooling blocks, and without those is taken for a DiT.
 
     Raises ValueError if it is none of them, FileNotFoundError.
     """
     path = Path(path)
     if path.is_dir() and is_diffusers_folder(path):
-        name = read_json(transformer_folder(path) / CONFIG_NAME).get("_class_name")
-        if name == "FlexDiTTransformer2DModel":
+        config = read_json(transformer_folder(path) / CONFIG_NAME)
+        name = config.get("_class_name")
+        if name in WRAPPERS:
             return "flexdit-diffusers"
         if name not in _DIFFUSERS_CLASSES:
             raise ValueError(f"{path} is of the class {name}, must be one of {', '.join(_DIFFUSERS_CLASSES)}")
-        return "diffusers"
+        return (
+            "pixart"
+            if config.get("norm_type") == "ada_norm_single" and name == "Transformer2DModel"
+            else (_DIFFUSERS_CLASSES[name])
+        )
     if path.is_dir():
         return "flexdit"
     names = {name.removeprefix("_orig_mod.").removeprefix("module.") for name in load_state_dict_file(path)}

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ._conditions import check_frames, check_size
 from ._requests import (
     check_grids,
     check_guidance_channels,
@@ -109,12 +110,10 @@ def _completed(unconditional, conditions: Mapping[str, Tensor], total: int) -> d
 
 def _shape(model: SingleFlexDiT, size, frames) -> tuple[int, ...]:
     config = model.config
-    height, width = (config.input_size,) * 2 if size is None else size
-    if not isinstance(model, FlexLatte):
-        if frames is not None:
-            raise ValueError(f"frames is {frames}, a FlexPixArt makes images")
-        return config.in_channels, height, width
-    return config.in_channels, config.num_frames if frames is None else frames, height, width
+    height, width = (config.input_size,) * 2 if size is None else check_size(size, config)
+    frames = check_frames(config, frames) or config.num_frames
+    clip = (frames,) if isinstance(model, FlexLatte) else ()
+    return (config.in_channels, *clip, height, width)
 
 
 class _Denoiser:

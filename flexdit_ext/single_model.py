@@ -156,8 +156,10 @@ class SingleFlexDiT(nn.Module):
 
     # ---- forward ----------------------------------------------------------------------------------------------------
 
-    def _compute(self, x, t, y, caption, caption_mask, sizes, grid: Grid | Sequence[Grid] | None) -> Tensor:
-        """x [B, in, F, H, W]; arguments checked. Returns [B, out, F, H, W]."""
+    def _compute(
+        self, x, t, y, caption, caption_mask, sizes, grid: Grid | Sequence[Grid] | None, temporal: bool = True
+    ) -> Tensor:
+        """x [B, in, F, H, W]; arguments checked; temporal: with the blocks across frames. Returns [B, out, F, H, W]."""
         config, patch = self.config, self.config.patch_size
         batch, channels, frames, height, width = x.shape
         dense_grid = (frames, height // patch, width // patch)
@@ -174,6 +176,9 @@ class SingleFlexDiT(nn.Module):
         k = 0
         for unit in (*self.pooling_blocks, *self.sdtm, *self.dense_blocks):
             blocks = sum(config.sdtm_blocks) if isinstance(unit, SparseDenseTokenModule) else 1
+            if not temporal and config.axis(k) == "time":
+                k += blocks
+                continue
             if k <= 1 < k + blocks and frames > 1:  # Latte: before the second block
                 time = temporal_embedding(frames, config.hidden_size).to(tokens)[:, None]
                 tokens = (tokens.view(batch, frames, -1, config.hidden_size) + time).flatten(0, 2)
@@ -401,6 +406,7 @@ class FlexLatte(SingleFlexDiT):
         caption: Tensor | None = None,
         caption_mask: Tensor | None = None,
         grid: Grid | Sequence[Grid] | None = None,
+        temporal_attention: bool = True,
     ) -> Tensor:
         """Predicts noise (and variance) of latents.
 
@@ -410,6 +416,8 @@ class FlexLatte(SingleFlexDiT):
             y: [B] labels, integers, if the model has num_classes; in train() dropped with class_dropout_prob.
             caption, caption_mask: as in FlexPixArt, if the model has caption_channels.
             grid: sparse grid (f, h, w) of all samples, or a list of one per sample; None follows the density schedule.
+            temporal_attention: False leaves out the blocks that attend across frames, and the frames' positions, as
+                diffusers' Latte can; for models of dense blocks only.
 
         Returns [B, out_channels, F, H, W]. Raises TypeError or ValueError naming the argument.
         """
@@ -428,7 +436,10 @@ class FlexLatte(SingleFlexDiT):
             self._check_caption(caption, caption_mask, batch)
         elif caption_mask is not None:
             raise ValueError("caption_mask is given without a caption")
-        return self._compute(x, t, None if y is None else self._labels(y, batch), caption, caption_mask, None, grid)
+        if not temporal_attention and (config.num_pooling_blocks or config.num_sdtm):
+            raise ValueError("temporal_attention is False, must be True for a model with pooling blocks or SDTMs")
+        y = None if y is None else self._labels(y, batch)
+        return self._compute(x, t, y, caption, caption_mask, None, grid, temporal_attention)
 
     def _labels(self, y: Tensor, batch: int) -> Tensor:
         config, rows = self.config, self.label_embed.num_embeddings

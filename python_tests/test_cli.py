@@ -308,7 +308,7 @@ def damage_gone(folder):
 
 DAMAGES = [
     (damage_truncate, "model.safetensors"),
-    (damage_config, "config.json is not a FlexDiT configuration: config has unknown keys"),
+    (damage_config, "config.json has _class_name 'DiTTransformer2DModel', must be one of FlexPixArt, FlexLatte"),
     (damage_kind, "does not fit the model"),
     (damage_shape, "does not fit the model"),
     (damage_values, "image 0 is not finite: the model, its dtype or the guidance does not bear this"),

@@ -1,47 +1,18 @@
 """diffusers' PixArt and Latte to and from ours: outputs and gradients against diffusers' own forward."""
 
+import dataclasses
+
 import pytest
 import torch
 from helpers import relative_error
 
 diffusers = pytest.importorskip("diffusers")
 
+from text_models import LAYOUT, latte, pixart  # noqa: E402
+
 from flexdit_ext import FlexLatte, FlexLatteConfig, convert  # noqa: E402
 
-COMMON = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 24,
-    "in_channels": 4,
-    "out_channels": 8,
-    "cross_attention_dim": 48,
-    "attention_bias": True,
-    "patch_size": 2,
-    "sample_size": 8,
-    "activation_fn": "gelu-approximate",
-    "num_embeds_ada_norm": 1000,
-    "norm_type": "ada_norm_single",
-    "norm_elementwise_affine": False,
-    "norm_eps": 1e-6,
-    "caption_channels": 10,
-}
-LAYOUT = {"num_pooling_blocks": 1, "num_sdtm": 1, "sdtm_blocks": (1, 1, 1, 1)}  # of six blocks one is left
 BOUND = 1e-5  # float32, outputs and gradients; worst measured 1.0e-6
-
-
-def randomise(model):
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for one in model.parameters():
-            one.normal_(std=0.7 * one[0].numel() ** -0.5 if one.dim() > 1 else 0.1)
-    return model.eval()
-
-
-def pixart(**options):
-    return randomise(diffusers.PixArtTransformer2DModel(num_layers=6, **COMMON | options))
-
-
-def latte(**options):
-    return randomise(diffusers.LatteTransformer3DModel(num_layers=3, video_length=4, **COMMON | options))
 
 
 def pixart_inputs(side=(8, 8)):
@@ -99,6 +70,20 @@ def test_from_latte(text, bias):
     compare(lambda x: model(x, t, **ours), lambda x: theirs(x, t, caption).sample, x, x)
 
 
+def test_without_temporal_attention():
+    theirs = latte()
+    torch.manual_seed(1)
+    x, t, caption = torch.randn(2, 4, 3, 8, 8), torch.tensor([7, 900]), torch.randn(2, 5, 10)
+    compare(
+        lambda x: convert.from_latte(theirs)(x, t, caption=caption, temporal_attention=False),
+        lambda x: theirs(x, t, caption, enable_temporal_attentions=False).sample,
+        x,
+        x,
+    )
+    with pytest.raises(ValueError, match="temporal_attention is False, must be True for a model with pooling blocks"):
+        convert.from_latte(theirs, **LAYOUT)(x, t, caption=caption, temporal_attention=False)
+
+
 @pytest.mark.parametrize("make, there, back", [(pixart, "from_pixart", "to_pixart"), (latte, "from_latte", "to_latte")])
 def test_there_and_back(make, there, back, tmp_path):
     theirs = make()
@@ -136,6 +121,26 @@ def test_layout_takes_the_dense_blocks(make, there):
     assert set(report.initialised) == {
         f"sdtm.0.recovery.0.from_{n}" for n in ("sparse.weight", "sparse.bias", "dense.weight", "dense.bias")
     }
+
+
+@pytest.mark.parametrize("make, there", [(pixart, "from_pixart"), (latte, "from_latte")])
+def test_sparsify_is_the_converters_layout(make, there):
+    dense, expected = getattr(convert, there)(make()), getattr(convert, there)(make(), **LAYOUT)
+    model = convert.sparsify(dense, expected.config)
+    assert type(model) is type(expected) and model.config == expected.config and not model.training
+    assert model.state_dict().keys() == expected.state_dict().keys()
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_sparsify_refusals():
+    dense = convert.from_latte(latte())
+    sparse = dataclasses.replace(dense.config, **LAYOUT)
+    with pytest.raises(ValueError, match="differ in num_frames 4 and 8, depth 6 and 11"):
+        convert.sparsify(dense, dataclasses.replace(sparse, num_frames=8, num_dense_blocks=6))
+    with pytest.raises(ValueError, match="the dense model has pooling blocks or SDTMs"):
+        convert.sparsify(FlexLatte(sparse), sparse)
+    with pytest.raises(TypeError, match="dense_model is a FlexLatte, which has no FlexPixArtConfig"):
+        convert.sparsify(dense, convert.from_pixart(pixart()).config)
 
 
 def test_refusals():

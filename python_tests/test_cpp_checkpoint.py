@@ -26,6 +26,7 @@ from flexdit_ext import (
 
 DATA = Path(__file__).parents[1] / "csrc/tests/data"
 FORWARD = DATA / "tiny_forward.safetensors"
+CAPTION = DATA / "tiny_caption.safetensors"  # for examples/cpp/sample_caption.cpp
 SIZES = {"input_size": 8, "in_channels": 1, "hidden_size": 8, "num_heads": 2}
 LAYOUT = {"num_pooling_blocks": 1, "num_sdtm": 1, "sdtm_blocks": (1, 1, 1, 1), "num_dense_blocks": 1}
 SINGLE = SIZES | LAYOUT | {"hidden_size": 12, "mlp_ratio": 2.0, "out_channels": 2}
@@ -76,6 +77,11 @@ def forward(model: FlexDiT) -> dict[str, torch.Tensor]:
         out = reference_of(model).double()(x, t, y, grids)
     features = reference.timestep_frequencies(t).double()
     return {"x": x, "t": t, "features": features, "y": y, "out": out}
+
+
+def caption() -> dict[str, torch.Tensor]:
+    values = torch.arange(24).view(4, 6) * 29 % 17 / 16 - 0.5
+    return {"caption": values[:3].clone(), "null_caption": values[3:].clone()}
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -132,7 +138,13 @@ def test_forward_is_the_references():
         torch.testing.assert_close(stored[name], tensor, rtol=1e-12, atol=1e-12)
 
 
+def test_caption_is_the_examples():
+    stored = safetensors.torch.load_file(CAPTION)
+    assert stored.keys() == caption().keys() and all(torch.equal(stored[name], caption()[name]) for name in stored)
+
+
 if __name__ == "__main__":
+    safetensors.torch.save_file(caption(), CAPTION)
     DATA.mkdir(exist_ok=True)
     for name, make in FOLDERS.items():
         make().save_pretrained(DATA / name)

@@ -114,8 +114,8 @@ def test_interrupt_leaves_whole_files(tmp_path, phase, arguments, expected):
 
 
 def test_missed_target_is_an_exit_status_of_1(monkeypatch, quick_run):
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    report = importlib.import_module("report")
+    monkeypatch.syspath_prepend(str(SCRIPT.parents[1]))
+    report = importlib.import_module("digits.report")
     results = json.loads((quick_run / "report.json").read_text(encoding="utf-8"))
     results["accuracy"] |= {"dense": 0.95, "flexdit": 0.95}
     results["frechet_distance"]["ratio"] = 1.2

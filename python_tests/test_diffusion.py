@@ -394,6 +394,27 @@ def test_losses_reject_bad_input_by_name(loss, change, error, name):
     assert not model.calls
 
 
+@pytest.mark.parametrize("loss", [ddpm_loss, flow_loss])
+def test_conditions_by_name_and_clips(loss):
+    """A mapping goes to the model as keywords; a clip's loss is the mean over all its frames."""
+    model, seen = ToyModel().eval(), []
+
+    def named(x, t, *, labels, extra, grid=None):
+        seen.append((extra, grid))
+        return torch.stack([model(frame, t, labels) for frame in x.unbind(2)], dim=2)
+
+    x0, noise, y = torch.randn(3, 4, 5, 6, 6), torch.randn(3, 4, 5, 6, 6), torch.tensor([1, 2, 3])
+    t = torch.tensor([0, 5, 900]) if loss is ddpm_loss else torch.tensor([0.1, 0.5, 0.9])
+    extra = torch.zeros(3, 2, 2)
+    whole = loss(named, x0, {"labels": y, "extra": extra}, t, noise, grid=(2, 3, 3))
+    frames = [loss(model, x0[:, :, i], y, t, noise[:, :, i]).loss for i in range(5)]
+    torch.testing.assert_close(whole.loss, torch.stack(frames).mean(0))
+    assert seen == [(extra, (2, 3, 3))]
+    for wrong, message in ((torch.zeros(2), r"got \(2,\)"), ([0, 0, 0], "got list"), (torch.tensor(1), r"got \(\)")):
+        with pytest.raises(ValueError, match=rf"^y: extra must be a tensor \[3, \.\.\.\], a row per sample, {message}"):
+            loss(named, x0, {"labels": y, "extra": wrong}, t, noise)
+
+
 def test_losses_reject_outputs_of_other_sizes():
     for loss in (ddpm_loss, flow_loss):
         with pytest.raises(ValueError, match="model output: must have 4 channels"):

@@ -72,7 +72,8 @@ def test_other_sizes():
             "unconditional has 2 samples, must",
         ),
         ({"steps": 0}, ValueError, "steps"),
-        ({"frames": 9}, ValueError, "x has 9 frames, must have 1 to num_frames = 4"),
+        ({"size": (7, 8)}, ValueError, r"size is \(7, 8\), must be \(height, width\): multiples of the patch size 2"),
+        ({"frames": 9}, ValueError, "frames = 9: must be at least 1, at most 4"),
     ],
 )
 def test_refusals(change, kind, message):

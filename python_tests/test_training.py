@@ -253,7 +253,7 @@ def test_the_example_with_its_logs(tmp_path, capsys):
 def test_tiles():
     images = torch.full((4, 1, 8, 8), -1.0)
     images[1] = 1.0
-    pixels = tile(images, columns=2)
+    pixels = tile(images, columns=2).still
     assert pixels.shape == (2 * 34 - 2, 2 * 34 - 2, 3)
     assert (pixels[:32, 34:] == 255).all() and (pixels[:32, :32] == 0).all() and (pixels[34:, :32] == 0).all()
-    assert tile(torch.randn(2, 4, 40, 40), columns=2).shape == (40, 82, 3)
+    assert tile(torch.randn(2, 4, 40, 40), columns=2).still.shape == (40, 82, 3)

@@ -163,8 +163,9 @@ def test_image_folders(tmp_path):
     changes = {"model": {"in_channels": 3, "num_classes": 2}, "data": {"kind": "images", "path": str(tmp_path)}}
     data = set_up(make_config(tmp_path / "run", **changes), 1).data
     assert len(data) == 5 and data.labels.tolist() == [0, 0, 1, 1, 1] and data.name(0).endswith("cat/0.png")
-    images, labels = data.__getitems__([4, 0])
-    assert images.shape == (2, 3, 8, 8) and labels.tolist() == [1, 0] and -1 <= images.min() < images.max() <= 1
+    images, conditions = data.__getitems__([4, 0])
+    assert images.shape == (2, 3, 8, 8) and -1 <= images.min() < images.max() <= 1
+    assert conditions["y"].tolist() == [1, 0]
     grey = set_up(make_config(tmp_path / "run", data=changes["data"]), 1).data
     assert grey.__getitems__([0])[0].shape == (1, 1, 8, 8)
     (tmp_path / "cat" / "0.png").write_bytes(b"no image")

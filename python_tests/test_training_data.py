@@ -10,6 +10,7 @@ from flexdit_ext import DensitySchedule
 from flexdit_ext.training._latents import FeatureFolder, Shards
 from flexdit_ext.training.data import batches, open_data, rank_slots
 from flexdit_ext.training.draws import Draws, equal_segments, timesteps
+from flexdit_ext.training.families import FAMILIES
 from flexdit_ext.training.setup import set_up
 
 
@@ -21,7 +22,8 @@ def latents():
 
 def assert_holds(data, latents, labels):
     order = [9, 0, 5, 5, 4]
-    found, found_labels = data.__getitems__(order)
+    found, conditions = data.__getitems__(order)
+    found_labels = conditions["y"]
     assert len(data) == 10 and data.shape == (4, 6, 6)
     assert found.dtype == torch.float32 and np.array_equal(found.numpy(), latents[order])
     assert found_labels.dtype == torch.int64 and found_labels.tolist() == labels[order].tolist()
@@ -35,7 +37,7 @@ def test_shards(tmp_path, latents):
     data = Shards(tmp_path)
     assert_holds(data, values, labels)
     assert data.name(4) == f"{tmp_path}/b.npz[1]" and data.num_classes == labels.max() + 1
-    assert all(isinstance(shard, np.memmap) for shard in data._maps.values())
+    assert all(isinstance(shard["samples"], np.memmap) for shard in data._maps.values())
 
 
 def test_feature_folder_as_fast_dit_writes_it(tmp_path, latents):
@@ -152,12 +154,12 @@ def test_ranks_and_passes_share_the_batch(tmp_path):
     split = make_config(tmp_path, accumulation=2)
     setup = set_up(whole, 1)
     x, y = next(batches(setup.data, setup.draws, whole, 2, 0, 1, pin=False))
-    found_x, found_y = torch.empty_like(x), torch.empty_like(y)
+    found_x, found_y = torch.empty_like(x), torch.empty_like(y["y"])
     for rank in range(2):
         source = batches(setup.data, setup.draws, split, 2, rank, 2, pin=False)
-        for slots, (part, labels) in zip(rank_slots(split, rank, 2), source):
-            found_x[slots.start : slots.stop], found_y[slots.start : slots.stop] = part, labels
-    assert torch.equal(found_x, x) and torch.equal(found_y, y)
+        for slots, (part, conditions) in zip(rank_slots(split, rank, 2), source):
+            found_x[slots.start : slots.stop], found_y[slots.start : slots.stop] = part, conditions["y"]
+    assert torch.equal(found_x, x) and torch.equal(found_y, y["y"])
 
 
 def test_loading_processes_give_the_same(tmp_path):
@@ -165,7 +167,8 @@ def test_loading_processes_give_the_same(tmp_path):
     setup = set_up(configs[0], 1)
     one, two = (list(batches(setup.data, setup.draws, config, 1, 0, 1, pin=False)) for config in configs)
     assert len(one) == len(two) == 3
-    assert all(torch.equal(a, b) for left, right in zip(one, two) for a, b in zip(left, right))
+    for (left, left_conditions), (right, right_conditions) in zip(one, two):
+        assert torch.equal(left, right) and torch.equal(left_conditions["y"], right_conditions["y"])
 
 
 def test_labels_of_a_feature_folder_are_checked_when_they_are_read(tmp_path):
@@ -179,4 +182,4 @@ def test_labels_of_a_feature_folder_are_checked_when_they_are_read(tmp_path):
 
     with pytest.raises(TrainingError, match=r"x_features/7\.npy has the label 10, must be in 0\.\.9"):
         Trainer(config).run()
-    assert isinstance(open_data(config.data, set_up(config, 1).model.config), FeatureFolder)
+    assert isinstance(open_data(config.data, FAMILIES["flexdit"], set_up(config, 1).model.config), FeatureFolder)

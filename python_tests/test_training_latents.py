@@ -48,8 +48,8 @@ def test_shards_hold_what_the_autoencoder_says(source, tmp_path):
     assert run(source, tmp_path, "--shard-size", 3, "--seed", 5, "--flip") == 0
     data = Shards(tmp_path)
     assert len(data) == 14 and len(list(tmp_path.iterdir())) == 5 and data.shape == (4, 8, 8)
-    latents, labels = data.__getitems__(range(14))
-    assert labels.tolist() == [0, 0, 0, 1, 1, 1, 1] * 2
+    latents, conditions = data.__getitems__(range(14))
+    assert conditions["y"].tolist() == [0, 0, 0, 1, 1, 1, 1] * 2
     root, vae = source
     images, _ = ImageFolder(root / "images", 3, 16).__getitems__(range(7))
     with torch.no_grad():

@@ -52,7 +52,8 @@ CaptionStore::Plan CaptionStore::plan(std::span<const Occupant> occupants) const
   const auto seek = [&](const Caption& caption, int32_t& slot) {
     slot = caption ? known(plan, caption) : -1;
     if (!caption || slot >= 0) return;
-    const auto equal = std::find_if(coming.begin(), coming.end(), [&](const auto& c) { return same(c.first, caption); });
+    const auto equal =
+        std::find_if(coming.begin(), coming.end(), [&](const auto& c) { return same(c.first, caption); });
     (equal == coming.end() ? coming.emplace_back(caption, std::vector<int32_t*>()) : *equal).second.push_back(&slot);
   };
   for (const Occupant& o : occupants) {
@@ -90,7 +91,8 @@ bool CaptionStore::reserve(std::span<const Occupant> occupants) {
 bool CaptionStore::grow(size_t slots) {
   if (slots <= slots_.size()) return false;
   const Execution& exec = prepared_.exec;
-  const int64_t rows = static_cast<int64_t>(slots) * slot_rows_, row_bytes = 2 * prepared_.config.hidden * size_of(prepared_.dtype);
+  const int64_t rows = static_cast<int64_t>(slots) * slot_rows_,
+                row_bytes = 2 * prepared_.config.hidden * size_of(prepared_.dtype);
   const size_t blocks = prepared_.cross_kv.size();
   Buffer larger(static_cast<int64_t>(blocks) * rows * row_bytes, exec);
   std::vector<Matrix> views;

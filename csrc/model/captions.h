@@ -23,7 +23,8 @@ class CaptionStore {
  public:
   explicit CaptionStore(const SamplingModel::Prepared& prepared);
 
-  // Room for the captions of these; true if the memory has moved. When there is none it throws, and nothing has changed.
+  // Room for the captions of these; true if the memory has moved. When there is none it throws, and nothing has
+  // changed.
   bool reserve(std::span<const Occupant> occupants);
   // Computes those that come. Those of the same occupants that reserve() was called with; others may go.
   void enter();

@@ -335,8 +335,8 @@ void Engine::step(std::span<const StepOrder> orders) {
   Plan& plan = plan_for(std::move(key));
   block_.discard();
   const auto upload = [&](int64_t at, const auto& values) {
-    uploader_.upload(block_.as<char>() + at, values.data(), static_cast<int64_t>(std::as_bytes(std::span(values)).size()),
-                     exec_);
+    uploader_.upload(block_.as<char>() + at, values.data(),
+                     static_cast<int64_t>(std::as_bytes(std::span(values)).size()), exec_);
   };
   upload(0, block.numbers), upload(Block::rows_at(plan.samples), block.rows);
   if (!block.captions.empty()) upload(Block::captions_at(plan.samples, plan.passes), block.captions);

@@ -134,8 +134,8 @@ void check_shared(const ModelForward& p) {
   require(bool(p.positions), "positions is missing, FlexPixArt and FlexLatte need it");
   require(std::ssize(p.prepared.caption_kv) == cross_blocks(c), "prepared.caption_kv holds ",
           p.prepared.caption_kv.size(), " matrices, must hold ", cross_blocks(c));
-  require(p.prepared.caption_kv.empty() || p.prepared.caption_layout.batch == p.batch,
-          "prepared.caption_layout has ", p.prepared.caption_layout.batch, " samples, must have ", p.batch);
+  require(p.prepared.caption_kv.empty() || p.prepared.caption_layout.batch == p.batch, "prepared.caption_layout has ",
+          p.prepared.caption_layout.batch, " samples, must have ", p.batch);
   if (c.family != ModelFamily::latte) return;
   require(p.frames.table && (p.sparse_frames.table || c.num_sdtm == 0), "frames or sparse_frames is missing");
   require(p.times || !time_place(c), "times is missing");
@@ -152,7 +152,8 @@ void check(const ModelForward& p, const Execution& exec) {
           "config has modules without a generation or a recovery block");
   require(c.num_sdtm == 0 || p.sparse_layout.batch == p.batch, "sparse_layout has ", p.sparse_layout.batch,
           " samples, must have ", p.batch);
-  require(shares_modulation(c) || p.t || p.timestep_features || p.prepared.modulation, "t and timestep_features are both missing");
+  require(shares_modulation(c) || p.t || p.timestep_features || p.prepared.modulation,
+          "t and timestep_features are both missing");
   require(p.layout.table || exec.device == Device::cpu, "layout is missing");
   require(!p.layout.table || p.layout.batch == p.batch, "layout has ", p.layout.batch, " samples, must have ", p.batch);
   const ModelPrepared& prepared = p.prepared;

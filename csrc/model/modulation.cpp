@@ -99,8 +99,9 @@ void model_modulation(const ModelModulation& p, const Execution& exec) {
               .table = {p.tables.data, blocks, 6 * c, 6 * c, p.tables.dtype},
               .out = p.out.columns(0, 6 * c * blocks)},
              exec);
-  add_tables({.x = w.condition, .table = p.tables.row_range(6 * blocks, 2), .out = p.out.columns(6 * c * blocks, 2 * c)},
-             exec);
+  add_tables(
+      {.x = w.condition, .table = p.tables.row_range(6 * blocks, 2), .out = p.out.columns(6 * c * blocks, 2 * c)},
+      exec);
 }
 
 }  // namespace flexdit

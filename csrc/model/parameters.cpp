@@ -34,14 +34,16 @@ class Specs {
   // What comes before the blocks.
   const ParameterPlaces& ends(int64_t values) {
     const int64_t h = c_.hidden;
-    if (!shares_modulation(c_)) places_.position = list_.size(), list_.push_back({"pos_embed", c_.dense_grid().tokens(), h});
+    if (!shares_modulation(c_))
+      places_.position = list_.size(), list_.push_back({"pos_embed", c_.dense_grid().tokens(), h});
     places_.patch_embed = list_.size(), linear("patch_embed", h, c_.in_channels * values);
     places_.timestep = embedding("timestep_embed", c_.timestep_features, h);
     if (c_.size_conditions) {
       places_.resolution = embedding("resolution_embed", c_.timestep_features, h / 3);
       places_.aspect_ratio = embedding("aspect_ratio_embed", c_.timestep_features, h / 3);
     }
-    if (c_.label_rows || !shares_modulation(c_)) places_.label = list_.size(), list_.push_back({"label_embed.weight", c_.label_rows, h});
+    if (c_.label_rows || !shares_modulation(c_))
+      places_.label = list_.size(), list_.push_back({"label_embed.weight", c_.label_rows, h});
     if (c_.caption_channels) places_.caption = embedding("caption_embed", c_.caption_channels, h);
     if (shares_modulation(c_)) places_.modulation = list_.size(), linear("modulation", 6 * h, h);
     places_.first_block = list_.size();

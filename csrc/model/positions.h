@@ -9,8 +9,8 @@ class PositionTables {
  public:
   explicit PositionTables(const SamplingModel::Prepared& prepared) : prepared_(prepared) {}
 
-  // Makes the tables of sizes that come and were not there before; true if all tables have moved. Those that nobody here
-  // has stay as long as there is little of them, whatever sizes come by.
+  // Makes the tables of sizes that come and were not there before; true if all tables have moved. Those that nobody
+  // here has stay as long as there is little of them, whatever sizes come by.
   bool add(std::span<const Grid> coming, std::span<const Grid> staying);
   // All of them; where a size's table begins, and that of its temporal embedding, which lies behind it.
   Matrix rows() const;

@@ -21,8 +21,8 @@ std::string text(double value) {
   return out;
 }
 std::string text(const Config& c, const Grid& g) {
-  return "(" + (c.family == ModelFamily::latte ? std::to_string(g.frames) + ", " : "") + std::to_string(g.height) + ", " +
-         std::to_string(g.width) + ")";
+  return "(" + (c.family == ModelFamily::latte ? std::to_string(g.frames) + ", " : "") + std::to_string(g.height) +
+         ", " + std::to_string(g.width) + ")";
 }
 
 void check_steps(const SamplingModel::Prepared& m, const SampleRequest& r) {
@@ -73,18 +73,22 @@ void check_captions(const Config& c, const SampleRequest& r) {
     require(c.caption_channels || !given, std::string(name) + " is given, but the model reads none");
     if (!c.caption_channels) continue;
     require(given || !wanted, std::string(name) + " is missing" +
-                                  (r.guidance == 1 ? "" : ", guidance is " + text(r.guidance)) + ": the model reads captions");
+                                  (r.guidance == 1 ? "" : ", guidance is " + text(r.guidance)) +
+                                  ": the model reads captions");
     if (given) check_caption(c, name, *caption);
   }
 }
 
 void check_size_conditions(const Config& c, const SampleRequest& r) {
-  for (const auto& [name, value] : {std::pair("resolution[0]", r.resolution[0]), std::pair("resolution[1]", r.resolution[1]),
-                                    std::pair("aspect_ratio", r.aspect_ratio)})
+  for (const auto& [name, value] :
+       {std::pair("resolution[0]", r.resolution[0]), std::pair("resolution[1]", r.resolution[1]),
+        std::pair("aspect_ratio", r.aspect_ratio)})
     if (c.size_conditions)
-      require(value > 0 && std::isfinite(value), std::string(name) + " is " + text(value) + ", must be finite and above 0");
+      require(value > 0 && std::isfinite(value),
+              std::string(name) + " is " + text(value) + ", must be finite and above 0");
     else
-      require(value == 0, std::string(name) + " is " + text(value) + ", but the model has no size_conditions: must be 0");
+      require(value == 0,
+              std::string(name) + " is " + text(value) + ", but the model has no size_conditions: must be 0");
 }
 
 Grid check_size(const Config& c, SampleRequest& r) {
@@ -97,9 +101,9 @@ Grid check_size(const Config& c, SampleRequest& r) {
     require(side > 0 && side % c.patch_size == 0 && side <= kMaxSide,
             std::string(name) + " is " + std::to_string(side) + ", must be a multiple of the patch size " +
                 std::to_string(c.patch_size) + " from it to " + std::to_string(kMaxSide));
-  require(r.frames >= 1 && r.frames <= c.num_frames,
-          "frames is " + std::to_string(r.frames) +
-              (clips ? ", must be 1 to " + std::to_string(c.num_frames) : ", but the model makes images: must be 0 or 1"));
+  require(r.frames >= 1 && r.frames <= c.num_frames, "frames is " + std::to_string(r.frames) +
+                                                         (clips ? ", must be 1 to " + std::to_string(c.num_frames)
+                                                                : ", but the model makes images: must be 0 or 1"));
   const Grid dense{static_cast<int32_t>(r.frames), static_cast<int32_t>(r.height / c.patch_size),
                    static_cast<int32_t>(r.width / c.patch_size)};
   require(dense.tokens() <= std::numeric_limits<int32_t>::max() / 4, "frames, height and width make too many tokens");
@@ -127,7 +131,8 @@ Grid check_request(const SamplingModel::Prepared& m, SampleRequest& r) {
   if (r.sparse_grid)
     require_within(c, "sparse_grid is ", *r.sparse_grid, dense);
   else if (shares_modulation(c) && m.own_schedule && c.num_sdtm)  // the same grids on every size
-    for (const Grid& g : m.schedule.grids()) require_within(c, "sparse_grid is not given, and the schedule has ", g, dense);
+    for (const Grid& g : m.schedule.grids())
+      require_within(c, "sparse_grid is not given, and the schedule has ", g, dense);
   return dense;
 }
 

@@ -236,7 +236,8 @@ class Session::Implementation {
                                                    [](const Occupant& o, const Active& a) { return o.id == a.id; });
     if (same) return;
     std::vector<Occupant> occupants;
-    for (const Active& a : active_) occupants.push_back({a.id, a.dense, a.request.seed, a.captions.own, a.captions.null});
+    for (const Active& a : active_)
+      occupants.push_back({a.id, a.dense, a.request.seed, a.captions.own, a.captions.null});
     engine_.arrange(std::move(occupants));
   }
 
@@ -349,7 +350,8 @@ class Session::Implementation {
     std::vector<Finished> done;
     for (const Active& a : active_)
       if (a.done())
-        done.push_back({a.id, prepared_.config.in_channels, a.request.frames, a.request.height, a.request.width, engine_.read(a.id), ""});
+        done.push_back({a.id, prepared_.config.in_channels, a.request.frames, a.request.height, a.request.width,
+                        engine_.read(a.id), ""});
     if (done.empty()) return;
     const std::lock_guard lock(mutex_);
     std::erase_if(active_, [](const Active& a) { return a.done(); });
@@ -366,7 +368,8 @@ class Session::Implementation {
     const auto state = states_.find(a.id);
     if (state == states_.end()) return;
     state->second = RequestState::failed;
-    finished_[a.id] = {a.id, prepared_.config.in_channels, a.request.frames, a.request.height, a.request.width, {}, why};
+    finished_[a.id] = {a.id, prepared_.config.in_channels, a.request.frames, a.request.height, a.request.width, {},
+                       why};
   }
 
   void fail_all(const std::string& why) {

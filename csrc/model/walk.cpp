@@ -224,9 +224,9 @@ BlockForward Walk::forward_of(const BlockCall& call, void* workspace) const {
           .workspace = workspace,
           .prepared = keeps_ ? BlockPrepared{} : prepared_for(call),
           .mlp_norm_eps = c_.mlp_norm_eps,
-          .attention_layout = !within ? TokenLayout{} : call.sparse ? p_.sparse_frames : p_.frames,
+          .attention_layout = within ? (call.sparse ? p_.sparse_frames : p_.frames) : TokenLayout{},
           .across_frames = across,
-          .max_positions = !across ? 0 : call.sparse ? p_.max_sparse_positions : p_.max_positions,
+          .max_positions = across ? (call.sparse ? p_.max_sparse_positions : p_.max_positions) : 0,
           .caption_layout = call.shape.style.caption ? p_.prepared.caption_layout : TokenLayout{}};
 }
 

@@ -122,8 +122,8 @@ void gather_rows(const GatherRows& p, const Execution& exec) {
 void add_tables(const AddTables& p, const Execution& exec) {
   Checker check("add_tables", exec);
   check.matrix("x", p.x, p.x.rows, p.x.cols);
-  check.holds(p.x.cols > 0 && p.out.cols % p.x.cols == 0, "out has ", p.out.cols, " columns, must have a multiple of x's ",
-              p.x.cols);
+  check.holds(p.x.cols > 0 && p.out.cols % p.x.cols == 0, "out has ", p.out.cols,
+              " columns, must have a multiple of x's ", p.x.cols);
   const int64_t count = p.out.cols / p.x.cols;
   check.matrix("table", p.table, p.own_tables ? p.x.rows * count : count, p.x.cols);
   check.matrix("out", p.out, p.x.rows, p.out.cols, Access::write);

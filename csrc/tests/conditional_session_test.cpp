@@ -162,7 +162,8 @@ TEST_CASE(schedules_of_other_sizes) {
     return alone(defaults, explicitly);
   };
   const Grid grid = default_schedule(c, {6, 12, 10}).grid(t);
-  CHECK(grid.frames == 3 && grid.height == 4 && grid.width == 4);  // of 8, 6, 6 of 16 at the data end; 4.5 is rounded to even
+  // (8, 6, 6) of 16 at the data end; 4.5 is rounded to even.
+  CHECK(grid.frames == 3 && grid.height == 4 && grid.width == 4);
   CHECK(identical(alone(defaults, r), with(grid)));
   CHECK(identical(alone(owns, r), with(own.grid(t))));
   Session session(owns);
@@ -288,8 +289,7 @@ TEST_CASE(bad_requests) {
   of_clip([](auto& r) { r.frames = 4; }, "frames is 4, must be 1 to 3");
   of_clip([](auto& r) { r.frames = -1; }, "frames is -1, must be 1 to 3");
   of_clip([](auto& r) { r.label = 5; }, "label is 5, must lie in [0, 5)");
-  of_clip([](auto& r) { r.resolution[0] = 3; },
-          "resolution[0] is 3, but the model has no size_conditions: must be 0");
+  of_clip([](auto& r) { r.resolution[0] = 3; }, "resolution[0] is 3, but the model has no size_conditions: must be 0");
   of_clip([](auto& r) { r.frames = 2, r.sparse_grid = Grid{3, 1, 1}; },
           "sparse_grid is (3, 1, 1), must lie within the dense grid (2, 3, 4)");
 
@@ -297,10 +297,11 @@ TEST_CASE(bad_requests) {
   Session labels(plain.prepare(DType::float32, kCpu)), free(nothing.prepare(DType::float32, kCpu));
   const SampleRequest label = request(tiny_config(), 1), none = request(unconditional_config(), 1, 3, 1);
   wrong(labels, label, [&](auto& r) { r.caption = image.caption; }, "caption is given, but the model reads none");
-  wrong(labels, label, [](auto& r) { r.aspect_ratio = 1; },
-        "aspect_ratio is 1, but the model has no size_conditions: must be 0");
-  wrong(free, none, [](auto& r) { r.guidance = 2; },
-        "guidance is 2, but the model has no null class: only 1 is allowed");
+  wrong(
+      labels, label, [](auto& r) { r.aspect_ratio = 1; },
+      "aspect_ratio is 1, but the model has no size_conditions: must be 0");
+  wrong(
+      free, none, [](auto& r) { r.guidance = 2; }, "guidance is 2, but the model has no null class: only 1 is allowed");
 }
 
 TEST_CASE(bad_configs) {
@@ -311,9 +312,11 @@ TEST_CASE(bad_configs) {
   bad(pixart_config(), [](auto& c) { c.num_frames = 2; }, ".num_frames is 2, must be 1");
   bad(latte_config(), [](auto& c) { c.num_frames = 0; }, ".num_frames is 0, must be at least 1");
   bad(latte_config(), [](auto& c) { c.hidden = 50; }, ".hidden is 50, must be a multiple of 4");
-  bad(tiny_config(), [](auto& c) { c.caption_channels = 8; },
+  bad(
+      tiny_config(), [](auto& c) { c.caption_channels = 8; },
       ".caption_channels is 8, only FlexPixArt and FlexLatte read captions, with max_caption_tokens of at least 1");
-  bad(pixart_config(), [](auto& c) { c.hidden = 40; },
+  bad(
+      pixart_config(), [](auto& c) { c.hidden = 40; },
       ".size_conditions is set, which only FlexPixArt and FlexLatte have, with hidden a multiple of 3");
   bad(pixart_config(), [](auto& c) { c.position_scale = 0; }, ".position_scale must be above 0");
   bad(dense_config(), [](auto& c) { c.num_dense_blocks = 0; }, " has no blocks");

@@ -310,11 +310,23 @@ TEST_CASE(keys_that_lie_apart) {
         packed_kv(rows, 251, dtype, Placement::packed), out(109, 72, dtype, Placement::packed),
         wanted(109, 72, dtype, Placement::packed);
     const Execution exec{.device = flexdit::Device::cuda};
-    cuda::attention({q_view.view(), packed_kv.view().columns(0, 72), packed_kv.view().columns(72, 72), queries.view(),
-                     packed.view(), 1, wanted.view(), {}},
+    cuda::attention({q_view.view(),
+                     packed_kv.view().columns(0, 72),
+                     packed_kv.view().columns(72, 72),
+                     queries.view(),
+                     packed.view(),
+                     1,
+                     wanted.view(),
+                     {}},
                     exec);
-    cuda::attention({q_view.view(), kv.view().columns(0, 72), kv.view().columns(72, 72), queries.view(), {table, 4}, 1,
-                     out.view(), {}},
+    cuda::attention({q_view.view(),
+                     kv.view().columns(0, 72),
+                     kv.view().columns(72, 72),
+                     queries.view(),
+                     {table, 4},
+                     1,
+                     out.view(),
+                     {}},
                     exec);
     CHECK_NOTE(identical(out.values(), wanted.values()), name_of(dtype));
   }

@@ -196,7 +196,8 @@ OpCase apart_case(int64_t c, int64_t num_heads) {
   };
   o.forward = [=](const Views& in, const Views& out, const Execution& exec) {
     const CaseLayout layout_q = batch.layout();
-    Attention a{.q = in[0], .k = in[1], .v = in[2], .layout_q = layout_q.view(), .layout_k = {table.data(), batch.size()}};
+    Attention a{
+        .q = in[0], .k = in[1], .v = in[2], .layout_q = layout_q.view(), .layout_k = {table.data(), batch.size()}};
     a.num_heads = num_heads, a.out = out[0];
     attention(a, exec);
   };
@@ -258,7 +259,8 @@ OpCase label_case(int64_t c) {
 
 OpCase tables_case(int64_t rows, int64_t width, int64_t count, bool own_tables) {
   OpCase o{.op = "add_tables",
-           .variant = std::to_string(rows) + "x" + std::to_string(width) + "x" + std::to_string(count) + (own_tables ? " own" : ""),
+           .variant = std::to_string(rows) + "x" + std::to_string(width) + "x" + std::to_string(count) +
+                      (own_tables ? " own" : ""),
            .inputs = {{"x", rows, width, false, true}, {"table", own_tables ? rows * count : count, width, false}},
            .outputs = {{"out", rows, count * width, false}}};
   o.naive = [=](const std::vector<Values>& in) {

@@ -286,7 +286,8 @@ inline SampleRequest random_request(Random& random, const TestModel& model, int6
   if (sampler.kind == SamplerKind::ddim && random.below(2)) sampler.eta = 0.5;
   if (sampler.kind == SamplerKind::ddpm)
     sampler.learned_variance = c.out_channels == 2 * c.in_channels && random.below(2);
-  SampleRequest r{.label = c.label_rows ? random.below(c.label_rows) : 0, .seed = random.next(), .steps = sampler.table()};
+  SampleRequest r{
+      .label = c.label_rows ? random.below(c.label_rows) : 0, .seed = random.next(), .steps = sampler.table()};
   const double guidances[] = {1, 1, 0, 1.5, 4};
   r.guidance = guidances[random.below(5)];
   if (!c.label_rows && !c.caption_channels) r.guidance = 1;

@@ -35,7 +35,10 @@ struct Inputs {
 
   BlockStyle style() const { return {.shared_modulation = true, .caption = caption}; }
   std::string name() const {
-    return check::text(name_of(kind), caption ? " with caption" : "", axis == Axis::all ? "" : axis == Axis::space ? " space" : " time");
+    return check::text(name_of(kind), caption ? " with caption" : "",
+                       axis == Axis::all     ? ""
+                       : axis == Axis::space ? " space"
+                                             : " time");
   }
   BlockShape shape(DType dtype) const {
     return {.kind = kind,
@@ -122,8 +125,7 @@ class NaiveBlock {
   Values attended(const Values& x) const {
     const Values n = naive::modulated_layer_norm(x, part(0), part(1), in_.grids);
     if (in_.kind != BlockKind::dense) {
-      const Values kv =
-          apply("attn.kv", naive::modulated_layer_norm(in_.other, part(0), part(1), in_.other_grids));
+      const Values kv = apply("attn.kv", naive::modulated_layer_norm(in_.other, part(0), part(1), in_.other_grids));
       return attention(apply("attn.q", n), kv, in_.grids, in_.other_grids);
     }
     const Values qkv = apply("attn.qkv", n), q = columns(qkv, 0), kv = columns(qkv, kHidden, 2 * kHidden);

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from images import save_digit_grid, save_loss_curves
-from metrics import disjoint_sets_distance, mean_distance, ratio_standard_error
-from report import count_macs, hardware, judge, write_report
-from sampling import SamplingSettings, sample_in_turn
+from common.demo import Demo
+from common.report import count_macs, write_report
+from common.training import Draw, TrainingSettings
+from digits.images import save_digit_grid
+from digits.metrics import disjoint_sets_distance, mean_distance, ratio_standard_error
+from digits.models import MODELS
+from digits.report import judge, to_markdown
+from digits.sampling import SamplingSettings, sample_digits
 from torch import Tensor
-from training import Trainer, TrainingSettings
 
 from flexdit_ext.evaluation.digits import (
     CLASSIFIER_STEPS,
@@ -39,62 +39,47 @@ class DemoSettings:
     judged: bool  # whether the targets count
 
 
-class Demo:
-    """One run; `seconds` collects the time of each phase."""
+def draw_from(digits: DigitSplit) -> Draw:
+    """Batches of training digits with their labels."""
+    images, labels = digits.train_images, digits.train_labels
+
+    def draw(count: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = torch.randint(len(labels), (count,), generator=generator)
+        return images[batch], {"y": labels[batch]}
+
+    return draw
+
+
+class DigitsDemo(Demo):
+    """One run."""
 
     def __init__(self, directory: Path, settings: DemoSettings):
-        self.directory, self.settings = directory, settings
-        self.seconds: dict[str, float] = {}
-        for name in OUTPUTS:  # of an earlier run: pictures and report must belong together
-            (directory / name).unlink(missing_ok=True)
+        super().__init__(directory, MODELS, OUTPUTS)
+        self.settings = settings
 
     def run(self) -> dict:
         """Writes everything into the folder; returns the content of report.json."""
         settings = self.settings
         digits = load_split(settings.training.seed)
-        with self._phase("classifier"):
+        with self.phase("classifier"):
             classifier = train_classifier(
                 digits.train_images, digits.train_labels, settings.classifier_steps, settings.training.seed
             )
-        dense, flexdit = self._train(digits)
-        models = {"dense": dense.average, "flexdit": flexdit.average}
-        with self._phase("sampling"):
-            images, rates = sample_in_turn(models, settings.sampling)
+        dense, flexdit = (trainer.average for trainer in self.train(draw_from(digits), settings.training))
+        with self.phase("sampling"):
+            images, rates = sample_digits({"dense": dense, "flexdit": flexdit}, settings.sampling)
         labels = settings.sampling.labels
         save_digit_grid(self.directory / "samples_dense.png", images["dense"][0], labels)
         save_digit_grid(self.directory / "samples.png", images["flexdit"][0], labels)
-        with self._phase("measuring"):
+        with self.phase("measuring"):
             results = self._measure(classifier, digits, images)
-        results |= {"macs": count_macs(**models), "images_per_second": rates} | self._conditions()
+        results |= {"macs": count_macs(MODELS, dense, flexdit), "images_per_second": rates}
+        results |= self.conditions(settings.training, settings.sampling)
         results["targets"] = judge(results) if settings.judged else {}
-        print("\n" + write_report(self.directory, results))
+        text = to_markdown(results)
+        write_report(self.directory, results, text)
+        print("\n" + text)
         return results
-
-    def _train(self, digits: DigitSplit) -> tuple[Trainer, Trainer]:
-        data, settings = (digits.train_images, digits.train_labels), self.settings.training
-        dense = Trainer.dense(settings)
-        with self._phase("dense to the fork"):
-            dense.train(settings.fork_step, *data, "dense, to the fork")
-        flexdit = dense.to_flexdit()
-        self._save("dense", dense)
-        with self._phase("dense after the fork"):
-            dense.train(settings.steps, *data, "dense, after it")
-        self._save("dense", dense)
-        self._save_curves(dense, None)
-        with self._phase("FlexDiT"):
-            flexdit.train(settings.steps, *data, "FlexDiT")
-        self._save("flexdit", flexdit)
-        self._save_curves(dense, flexdit)
-        return dense, flexdit
-
-    def _save(self, name: str, trainer: Trainer) -> None:
-        trainer.average.save_pretrained(self.directory / name)
-
-    def _save_curves(self, dense: Trainer, flexdit: Trainer | None) -> None:
-        curves = {"dense DiT": (0, dense.losses)}
-        if flexdit is not None:
-            curves["FlexDiT"] = (flexdit.first_step, flexdit.losses)
-        save_loss_curves(self.directory / "losses.png", curves)
 
     def _measure(self, classifier: DigitClassifier, digits: DigitSplit, images: dict[str, Tensor]) -> dict:
         seed, labels = self.settings.training.seed, self.settings.sampling.labels
@@ -121,21 +106,6 @@ class Demo:
             },
         }
 
-    def _conditions(self) -> dict:
-        return {
-            "hardware": hardware(),
-            "seed": self.settings.training.seed,
-            "training": dataclasses.asdict(self.settings.training),
-            "sampling": dataclasses.asdict(self.settings.sampling),
-            "seconds": self.seconds | {"total": sum(self.seconds.values())},
-        }
-
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start
-
 
 def make_settings(steps: int, fork_step: int, seed: int, quick: bool) -> DemoSettings:
     """quick: every line runs, on so few steps and samples that nothing can be learned."""
@@ -146,8 +116,6 @@ def make_settings(steps: int, fork_step: int, seed: int, quick: bool) -> DemoSet
 
 def run_demo(arguments: argparse.Namespace) -> bool:
     """arguments: of run.py. True unless a target was missed."""
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
     settings = make_settings(arguments.steps, arguments.fork_step, arguments.seed, arguments.quick)
-    results = Demo(arguments.out, settings).run()
+    results = DigitsDemo(arguments.out, settings).run()
     return all(results["targets"].values())

@@ -1,46 +1,11 @@
-"""report.json and report.md: everything measured, the targets, and what it was measured on."""
+"""The targets, and report.md: everything measured, and what it was measured on."""
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-from pathlib import Path
-
-import torch
-from images import write_whole
-
-from flexdit_ext import FlexDiT, __version__
+from common.report import conditions_section, cost_rows, table, targets_section
 
 MIN_ACCURACY = 0.90
 MAX_DISTANCE_RATIO = 1.15
-
-
-def hardware() -> dict:
-    """Processor, threads, versions."""
-    processor = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass  # not Linux, or a processor without a name
-    return {
-        "processor": processor,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "flexdit_ext": __version__,
-    }
-
-
-def count_macs(dense: FlexDiT, flexdit: FlexDiT) -> dict:
-    """Multiply-accumulates of one forward pass for one image: the schedule's mean, and each of its grids."""
-    grids = flexdit.schedule.grids
-    return {
-        "dense": dense.macs(),
-        "flexdit": flexdit.macs(),
-        "flexdit_by_grid": {"x".join(map(str, grid)): flexdit.macs(grid) for grid in dict.fromkeys(grids)},
-    }
 
 
 def judge(results: dict) -> dict[str, bool]:
@@ -55,34 +20,19 @@ def judge(results: dict) -> dict[str, bool]:
     }
 
 
-def write_report(directory: Path, results: dict) -> str:
-    """Writes both files; returns the Markdown."""
-    text = to_markdown(results)
-    content = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
-    write_whole(directory / "report.json", lambda file: file.write_text(content, encoding="utf-8"))
-    write_whole(directory / "report.md", lambda file: file.write_text(text, encoding="utf-8"))
-    return text
-
-
 def to_markdown(results: dict) -> str:
-    sections = [_model_table(results), _distance_table(results), _targets(results), _conditions(results)]
+    sections = [_model_table(results), _distance_table(results), targets_section(results)]
+    sections.append(conditions_section(results, "FlexDiT"))
     return "# FlexDiT on handwritten digits\n\n" + "\n\n".join(sections) + "\n"
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
-
-
 def _model_table(results: dict) -> str:
-    macs, rate, accuracy = results["macs"], results["images_per_second"], results["accuracy"]
-    by_grid = ", ".join(f"{grid}: {count / 1e6:.1f} M" for grid, count in macs["flexdit_by_grid"].items())
+    accuracy = results["accuracy"]
     rows = [
-        ["MACs per image and pass", f"{macs['dense'] / 1e6:.1f} M", f"{macs['flexdit'] / 1e6:.1f} M (mean)"],
-        ["MACs at each sparse grid", "", by_grid],
-        ["images/s", f"{rate['dense']:.1f}", f"{rate['flexdit']:.1f} ({rate['flexdit'] / rate['dense']:.2f}x)"],
+        *cost_rows(results, "flexdit", "image"),
         ["classifier's accuracy on the samples", f"{accuracy['dense']:.1%}", f"{accuracy['flexdit']:.1%}"],
     ]
-    return _table(["", "dense DiT", "FlexDiT"], rows)
+    return table(["", "dense DiT", "FlexDiT"], rows)
 
 
 def _distance_table(results: dict) -> str:
@@ -111,29 +61,4 @@ def _distance_table(results: dict) -> str:
         f"In the features of a classifier that is right on {held_out_accuracy} of the held-out digits. "
         f"The sets one by one: {by_set}; pictures and accuracies are the first set's."
     )
-    return _table(["Fréchet distance", ""], rows) + "\n\n" + note
-
-
-def _targets(results: dict) -> str:
-    if not results["targets"]:
-        return "Targets: not judged, this was a quick run."
-    return "Targets:\n" + "\n".join(
-        f"- {'met' if met else 'MISSED'}: {target}" for target, met in results["targets"].items()
-    )
-
-
-def _conditions(results: dict) -> str:
-    machine, training, sampling = results["hardware"], results["training"], results["sampling"]
-    times = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in results["seconds"].items())
-    return "\n".join(
-        [
-            f"- Machine: {machine['processor']}, threads: {machine['threads']} of {machine['cores']} cores, "
-            f"torch {machine['torch']}, flexdit_ext {machine['flexdit_ext']}",
-            f"- Training: {training['steps']} steps each, FlexDiT from the dense weights of step "
-            f"{training['fork_step']}, batch {training['batch_size']}",
-            f"- Sampling: {sampling['steps']} Euler steps, guidance {sampling['cfg_scale']}, "
-            "the same noise and labels for both models",
-            f"- Seed: {results['seed']}",
-            f"- Times: {times}",
-        ]
-    )
+    return table(["Fréchet distance", ""], rows) + "\n\n" + note

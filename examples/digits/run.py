@@ -7,78 +7,13 @@ Exit status: 0 if all targets were met, 1 if one was missed, 130 after Ctrl-C.
 
 from __future__ import annotations
 
-import argparse
-import os
-import signal
 import sys
 from pathlib import Path
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-STEPS, QUICK_STEPS = 1600, 16
-FORK_SHARE = 0.25
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.launch import Program, launch
 
-
-def _exit_at_once(*_) -> None:
-    os.write(2, b"interrupted before anything was written\n")
-    os._exit(INTERRUPTED)
-
-
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
-
-
-def _seed(text: str) -> int:
-    if not 0 <= (value := int(text)) < 2**32:
-        raise argparse.ArgumentTypeError(f"{value} is not in 0..2^32 - 1")
-    return value
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for everything written (default: out)")
-    parser.add_argument("--seed", type=_seed, default=0, help="of the split, the weights, the batches and the samples")
-    parser.add_argument("--steps", type=_positive, help=f"training steps of each model (default: {STEPS})")
-    parser.add_argument(
-        "--fork-step", type=_positive, help="FlexDiT takes the dense weights of this step (default: 1/4)"
-    )
-    parser.add_argument("--threads", type=_positive, help="of PyTorch and of the extension (default: all cores)")
-    parser.add_argument(
-        "--quick", action="store_true", help="seconds instead of minutes; learns nothing, judges nothing"
-    )
-    arguments = parser.parse_args()
-    arguments.steps = arguments.steps or (QUICK_STEPS if arguments.quick else STEPS)
-    arguments.fork_step = arguments.fork_step or max(1, int(arguments.steps * FORK_SHARE))
-    if arguments.fork_step > arguments.steps:
-        parser.error(f"--fork-step {arguments.fork_step} is beyond --steps {arguments.steps}")
-    try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--out: {error}")
-    return arguments
-
-
-def main() -> int:
-    arguments = parse_arguments()
-    # OpenMP's threads spin while they wait, by default for milliseconds: beside any other busy process a run then takes
-    # many times as long. Read when PyTorch is loaded.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    # An interrupted import prints tracebacks of its own; nothing needs cleaning up before the run.
-    signal.signal(signal.SIGINT, _exit_at_once)
-    from pipeline import run_demo
-
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        met = run_demo(arguments)
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not print a traceback
-        print(f"\ninterrupted; the files in {arguments.out} are whole", file=sys.stderr)
-        return INTERRUPTED
-    return 0 if met else 1
-
+PROGRAM = Program(__doc__, "digits.pipeline", "FlexDiT", steps=1600, quick_steps=16, out=Path("out"))
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(launch(PROGRAM))

@@ -1,15 +1,13 @@
-"""Sampling of the dense model and the FlexDiT side by side: the same labels, noise and machine load for both."""
+"""Which digits are sampled, and how."""
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from common.sampling import sample_in_turn
 from torch import Tensor
-from tqdm import tqdm
 
 from flexdit_ext import FlexDiT, sample
 from flexdit_ext.evaluation.digits import NUM_CLASSES
@@ -32,34 +30,15 @@ class SamplingSettings:
         return torch.arange(NUM_CLASSES).repeat(self.samples_per_class)
 
 
-def sample_in_turn(
+def sample_digits(
     models: Mapping[str, FlexDiT], settings: SamplingSettings
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Images [sets, n, 1, 8, 8] and images per second (of the median batch) of every model.
+    """Images [sets, n, 1, 8, 8] and images per second of every model."""
 
-    The models take turns batch by batch: what else the machine does in the meantime slows all of them alike.
-    """
-    images: dict[str, list[Tensor]] = {name: [] for name in models}
-    rates: dict[str, list[float]] = {name: [] for name in models}
+    def draw(model: FlexDiT, labels: Tensor, before: int) -> Tensor:
+        guidance, seed = settings.cfg_scale, settings.seed
+        return sample(model, labels, settings.steps, "flow", guidance, seed, start_index=before)
+
     batches = settings.labels.repeat(settings.sets).split(settings.batch_size)
-    with tqdm(total=len(batches) * len(models), desc="sampling", unit="batch") as bar:
-        for index, labels in enumerate(batches):
-            for name, model in models.items():
-                start = time.perf_counter()
-                images[name].append(
-                    sample(
-                        model,
-                        labels,
-                        settings.steps,
-                        "flow",
-                        settings.cfg_scale,
-                        settings.seed,
-                        start_index=index * settings.batch_size,
-                    )
-                )
-                rates[name].append(len(labels) / (time.perf_counter() - start))
-                bar.update()
-    return (
-        {name: torch.cat(parts).unflatten(0, (settings.sets, -1)) for name, parts in images.items()},
-        {name: statistics.median(values) for name, values in rates.items()},
-    )
+    images, rates = sample_in_turn(models, batches, draw)
+    return {name: rows.unflatten(0, (settings.sets, -1)) for name, rows in images.items()}, rates

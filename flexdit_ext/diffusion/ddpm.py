@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._requests import NUM_TIMESTEPS, space_timesteps
+
+Conditions = Tensor | Mapping[str, Tensor]  # labels, or what a model takes besides x, t and grid, by name
 
 
 class DiffusionLoss(NamedTuple):
@@ -152,24 +154,37 @@ def default_diffusion() -> GaussianDiffusion:
     return GaussianDiffusion()
 
 
-def check_batch(x0: Tensor, y: Tensor, t: Tensor | None, noise: Tensor | None) -> None:
+def check_batch(x0: Tensor, y: Conditions, t: Tensor | None, noise: Tensor | None) -> None:
     """Shapes and dtypes common to the losses; ValueError or TypeError names the argument."""
     if not isinstance(x0, Tensor) or not x0.is_floating_point():
         raise TypeError(f"x0: must be a floating-point tensor, got {getattr(x0, 'dtype', type(x0).__name__)}")
     if x0.ndim < 3 or x0.shape[0] == 0:
         raise ValueError(f"x0: must be [B, C, ...] with B >= 1, got shape {tuple(x0.shape)}")
-    for name, value in (("y", y), ("t", t)):
+    named = isinstance(y, Mapping)
+    for name, value in y.items() if named else ():
+        if not isinstance(value, Tensor) or value.shape[:1] != x0.shape[:1]:
+            raise ValueError(f"y: {name} must be a tensor [{len(x0)}, ...], a row per sample, got {_shape_of(value)}")
+    for name, value in (("y", None if named else y), ("t", t)):
         if value is not None and (not isinstance(value, Tensor) or value.shape != x0.shape[:1]):
-            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{name}: must be a tensor of shape {tuple(x0.shape[:1])}, one per sample, got {got}")
+            wanted = tuple(x0.shape[:1])
+            raise ValueError(f"{name}: must be a tensor of shape {wanted}, one per sample, got {_shape_of(value)}")
     if noise is not None and (noise.shape != x0.shape or noise.dtype != x0.dtype):
         raise ValueError(f"noise: must be {tuple(x0.shape)} {x0.dtype} like x0, got {tuple(noise.shape)} {noise.dtype}")
+
+
+def _shape_of(value):
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
 
 
 def draw_noise(x0: Tensor, generator: torch.Generator | None) -> Tensor:
     """Standard normal like x0, drawn on the generator's own device."""
     device = x0.device if generator is None else generator.device
     return torch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=device).to(x0.device)
+
+
+def call_model(model, x: Tensor, t: Tensor, y: Conditions, grid) -> Tensor:
+    """The one call of a loss: conditions by their names, labels as the third argument."""
+    return model(x, t, **y, grid=grid) if isinstance(y, Mapping) else model(x, t, y, grid=grid)
 
 
 def split_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
@@ -189,7 +204,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 def ddpm_loss(
     model,
     x0: Tensor,
-    y: Tensor,
+    y: Conditions,
     t: Tensor | None = None,
     noise: Tensor | None = None,
     *,
@@ -202,8 +217,10 @@ def ddpm_loss(
     The bound (bits per dimension, IDDPM eq. 16 with weight 1) trains the variance only: the gradient of the mean is
     stopped. Whether the variance is learned shows in the output's channels, C or 2C. Computed in at least float32.
 
-    model(x_t, t, y, grid=grid) is called once; x0 [B, C, ...] floating, y int64 [B]; t: int64 [B], indices into
-    diffusion.timesteps, default uniform; noise like x0, default standard normal; diffusion: default 1000 linear steps.
+    model(x_t, t, y, grid=grid) is called once; x0 [B, C, ...] floating: images [B, C, H, W], clips [B, C, F, H, W];
+    y: labels int64 [B], or what the model takes by name, {"caption": [B, L, D], ...}, passed as model(x_t, t, **y,
+    grid=grid); t: int64 [B], indices into diffusion.timesteps, default uniform; noise like x0, default standard normal;
+    diffusion: default 1000 linear steps.
     Raises TypeError or ValueError, naming the argument, before the model is called.
     """
     diffusion = diffusion or default_diffusion()
@@ -217,7 +234,7 @@ def ddpm_loss(
         raise ValueError(f"t: must be in 0..{diffusion.num_timesteps - 1}, got {t.min().item()}..{t.max().item()}")
     t = t.to(x0.device, torch.int64)
     noise = draw_noise(x0, generator) if noise is None else noise
-    output = model(diffusion.q_sample(x0, t, noise), diffusion.model_timesteps(t), y, grid=grid)
+    output = call_model(model, diffusion.q_sample(x0, t, noise), diffusion.model_timesteps(t), y, grid)
     epsilon, v = split_output(at_least_float32(output), x0.shape[1])
     noise = noise.to(epsilon.dtype)
     mse = (epsilon - noise).square().flatten(1).mean(1)

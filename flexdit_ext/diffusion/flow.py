@@ -6,7 +6,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .ddpm import NUM_TIMESTEPS, DiffusionLoss, at_least_float32, check_batch, draw_noise, per_sample, split_output
+from .ddpm import (
+    NUM_TIMESTEPS,
+    Conditions,
+    DiffusionLoss,
+    at_least_float32,
+    call_model,
+    check_batch,
+    draw_noise,
+    per_sample,
+    split_output,
+)
 
 
 def flow_interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -23,7 +33,7 @@ def flow_velocity(x0: Tensor, noise: Tensor) -> Tensor:
 def flow_loss(
     model,
     x0: Tensor,
-    y: Tensor,
+    y: Conditions,
     t: Tensor | None = None,
     noise: Tensor | None = None,
     *,
@@ -34,9 +44,9 @@ def flow_loss(
 
     model(x_t, 1000 t, y, grid=grid) is called once: the timestep embedding and the density schedule see the range
     that they see in diffusion. With 2C output channels the first C are the velocity and the others are not used.
-    x0 [B, C, ...] floating, y int64 [B]; t: floating [B] in [0, 1], default uniform; noise like x0, default standard
-    normal. Computed in at least float32. Raises TypeError or ValueError, naming the argument, before the model is
-    called.
+    x0 [B, C, ...] floating; y: labels int64 [B], or the model's conditions by name, as in ddpm_loss; t: floating [B] in
+    [0, 1], default uniform; noise like x0, default standard normal. Computed in at least float32. Raises TypeError or
+    ValueError, naming the argument, before the model is called.
     """
     check_batch(x0, y, t, noise)
     if t is None:
@@ -48,7 +58,7 @@ def flow_loss(
         raise ValueError(f"t: must be in [0, 1], got {t.min().item()}..{t.max().item()}")
     t = at_least_float32(t).to(x0.device)
     noise = draw_noise(x0, generator) if noise is None else noise
-    output = model(flow_interpolate(x0, noise, t), t * NUM_TIMESTEPS, y, grid=grid)
+    output = call_model(model, flow_interpolate(x0, noise, t), t * NUM_TIMESTEPS, y, grid)
     velocity, _ = split_output(at_least_float32(output), x0.shape[1])
     mse = (velocity - flow_velocity(x0, noise).to(velocity.dtype)).square().flatten(1).mean(1)
     return DiffusionLoss(mse, mse)

@@ -1,4 +1,5 @@
-"""Training of DiT and FlexDiT that can be trusted: `flexdit train` and its parts. Needs flexdit_ext[train]."""
+"""Training of FlexDiT, FlexPixArt and FlexLatte that can be trusted: `flexdit train` and its parts. Needs
+flexdit_ext[train]."""
 
 from .config import TrainingConfig, load_config
 from .loop import FINISHED, TERMINATED, Trainer, train

@@ -14,34 +14,62 @@ import safetensors
 import torch
 from numpy.lib import format as npy
 from torch import Tensor
-from torch.utils.data import Dataset
 
-_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "|u1"}
+from ._samples import Captions, Samples
 
+_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "|u1", "BOOL": "|b1"}
+
+# What a model takes: the array that holds it, its sides after the number of samples, its kinds of dtype.
+_CONDITIONS = {
+    "y": ("labels", (), "iu"),
+    "caption": ("caption", ("L", "D"), "f"),
+    "caption_mask": ("caption_mask", ("L",), "biu"),
+    "resolution": ("resolution", (2,), "iuf"),
+    "aspect_ratio": ("aspect_ratio", (), "iuf"),
+}
+_KINDS = {"iu": "integers", "f": "floating-point", "biu": "booleans or integers", "iuf": "numbers"}
 _UNREADABLE = (struct.error, zipfile.BadZipFile, safetensors.SafetensorError)
 
 
-class Shards(Dataset):
-    """Files *.safetensors or *.npz of a folder, in the order of their names, each with `latents` [n, C, H, W], floating
-    point, and `labels` [n], integers. `flexdit latents` writes such."""
+class Shards(Samples):
+    """Files *.safetensors or *.npz of a folder, in the order of their names, each with samples under the first of
+    `names` that it has, floating-point [n, C, ...] of `dims` dimensions, and what `conditions` ask for:
 
-    def __init__(self, root: Path):
+    y: `labels` [n], integers; caption: `caption` [n, L, D], floating point; caption_mask: `caption_mask` [n, L], true
+    or 1 where there is a token, without it everywhere; resolution: `resolution` [n, 2]; aspect_ratio: `aspect_ratio`
+    [n]. A file may hold `null_caption` [L, D], what stands for no caption; if none does it is zeros [1, D].
+
+    `flexdit latents` writes such, with labels or with captions. Raises ValueError that names the file.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        conditions: Sequence[str] = ("y",),
+        names: Sequence[str] = ("latents",),
+        dims: int = 4,
+    ):
         paths = sorted(path for path in root.iterdir() if path.suffix in (".safetensors", ".npz"))
         if not paths:
-            raise ValueError(f"data.path is {root}, which has no .safetensors or .npz files and no *_features folder")
-        self.paths = paths
-        shards = [_open_shard(path) for path in paths]
-        self.shape = tuple(shards[0][0].shape[1:])
-        for path, (latents, _) in zip(paths, shards):
-            if latents.shape[1:] != self.shape:
-                raise ValueError(f"{path} has latents of shape {latents.shape[1:]}, {paths[0].name} of {self.shape}")
-        labels = np.concatenate([labels for _, labels in shards]).astype(np.int64)
-        if labels.min() < 0:
-            raise ValueError(f"the labels in {root} go down to {labels.min()}, must be at least 0")
-        self.labels = torch.from_numpy(labels)
-        self.num_classes = int(labels.max()) + 1
-        self.begins = np.cumsum([0] + [len(latents) for latents, _ in shards])
-        self._maps: dict[int, np.ndarray] = {}
+            other = " and no *_features folder" if tuple(names) == ("latents",) else ""
+            raise ValueError(f"data.path is {root}, which has no .safetensors or .npz files{other}")
+        self.paths, self.conditions = paths, tuple(conditions)
+        self._names, self._dims = tuple(names), dims
+        shards = [self._open(path) for path in paths]
+        self.shape = tuple(shards[0]["samples"].shape[1:])
+        for path, shard in zip(paths, shards):
+            if (shape := shard["samples"].shape[1:]) != self.shape:
+                raise ValueError(f"{path} has samples of shape {shape}, {paths[0].name} of {self.shape}")
+        if "y" in self.conditions:
+            labels = np.concatenate([shard["y"] for shard in shards]).astype(np.int64)
+            if labels.min() < 0:
+                raise ValueError(f"the labels in {root} go down to {labels.min()}, must be at least 0")
+            self.labels = torch.from_numpy(labels)
+            self.num_classes = int(labels.max()) + 1
+        if "caption" in self.conditions:
+            self.captions = _captions(paths, shards)
+        self.begins = np.cumsum([0] + [len(shard["samples"]) for shard in shards])
+        self._maps: dict[int, dict[str, np.ndarray]] = {}
 
     def __len__(self) -> int:
         return int(self.begins[-1])
@@ -49,47 +77,109 @@ class Shards(Dataset):
     def __getstate__(self):  # a loading process opens its own maps
         return self.__dict__ | {"_maps": {}}
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        rows = np.stack([self._map(shard)[row] for shard, row in map(self._place, indices)])
-        return torch.from_numpy(rows.astype(np.float32)), self.labels[indices]
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = [(self._map(shard), row) for shard, row in map(self._place, indices)]
+        samples = np.stack([arrays["samples"][row] for arrays, row in rows]).astype(np.float32)
+        conditions = {}
+        for name in self.conditions:
+            if name == "y":
+                conditions[name] = self.labels[list(indices)]
+            elif name in ("caption", "caption_mask"):
+                conditions[name] = self._padded(name, rows)
+            else:
+                conditions[name] = torch.from_numpy(np.stack([arrays[name][row] for arrays, row in rows])).float()
+        return torch.from_numpy(samples), conditions
 
     def name(self, index: int) -> str:
         shard, row = self._place(index)
         return f"{self.paths[shard]}[{row}]"
 
+    def _padded(self, name: str, rows: list[tuple[dict[str, np.ndarray], int]]) -> Tensor:
+        """caption [n, L, D] or caption_mask [n, L], with tokens that the mask leaves out at the end."""
+        shape, dtype = (len(rows), self.captions.length), np.bool_
+        if name == "caption":
+            shape, dtype = (*shape, self.captions.channels), np.float32
+        padded = np.zeros(shape, dtype)
+        for out, (arrays, row) in zip(padded, rows):
+            own = len(arrays["caption"][row])
+            given = arrays[name][row] if name in arrays else np.ones(own)
+            out[:own] = given
+        return torch.from_numpy(padded)
+
     def _place(self, index: int) -> tuple[int, int]:
         shard = int(np.searchsorted(self.begins, index, side="right")) - 1
         return shard, index - int(self.begins[shard])
 
-    def _map(self, shard: int) -> np.ndarray:
+    def _map(self, shard: int) -> dict[str, np.ndarray]:
         if shard not in self._maps:
-            self._maps[shard] = _open_shard(self.paths[shard])[0]
+            self._maps[shard] = self._open(self.paths[shard])
         return self._maps[shard]
 
+    def _open(self, path: Path) -> dict[str, np.ndarray]:
+        """Mapped arrays of a file, checked: samples, conditions by the model's names, null_caption."""
+        try:
+            arrays = _map_safetensors(path) if path.suffix == ".safetensors" else _map_npz(path)
+        except (OSError, ValueError, KeyError, EOFError, *_UNREADABLE) as error:
+            raise ValueError(f"{path} is not a readable shard: {error}") from error
+        name = next((name for name in self._names if name in arrays), self._names[0])
+        samples = _get(path, arrays, name)
+        if samples.ndim != self._dims or samples.dtype.kind != "f":
+            wanted = "[n, C, H, W]" if self._dims == 4 else "[n, C, F, H, W]"
+            raise ValueError(f"{path}: {name} are {samples.dtype} {samples.shape}, must be floating-point {wanted}")
+        opened, sides = {"samples": samples}, {"n": len(samples)}
+        for condition in self.conditions:
+            name, axes, kinds = _CONDITIONS[condition]
+            if condition == "caption_mask" and name not in arrays:
+                continue
+            array = _get(path, arrays, name)
+            wanted = [sides.get(side, side) for side in ("n", *axes)]
+            fits = len(array.shape) == len(wanted) and all(
+                isinstance(b, str) or a == b for a, b in zip(array.shape, wanted)
+            )
+            if not fits or array.dtype.kind not in kinds:
+                allowed = f"{_KINDS[kinds]} [{', '.join(map(str, wanted))}]"
+                raise ValueError(f"{path}: {name} are {array.dtype} {array.shape}, must be {allowed}")
+            sides |= dict(zip(("n", *axes), array.shape))
+            opened[condition] = array
+        if "caption" in self.conditions and "null_caption" in arrays:
+            opened["null_caption"] = arrays["null_caption"]
+        return opened
 
-def _open_shard(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Mapped latents and read labels of a file, checked."""
-    try:
-        arrays = _map_safetensors(path) if path.suffix == ".safetensors" else _map_npz(path)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        EOFError,
-        struct.error,
-        zipfile.BadZipFile,
-        safetensors.SafetensorError,
-    ) as error:
-        raise ValueError(f"{path} is not a readable shard of latents: {error}") from error
-    for name in ("latents", "labels"):
-        if name not in arrays:
-            raise ValueError(f"{path} has no array {name!r}; it has {sorted(arrays)}")
-    latents, labels = arrays["latents"], np.array(arrays["labels"])
-    if latents.ndim != 4 or latents.dtype.kind != "f":
-        raise ValueError(f"{path}: latents are {latents.dtype} {latents.shape}, must be floating-point [n, C, H, W]")
-    if labels.shape != latents.shape[:1] or labels.dtype.kind not in "iu":
-        raise ValueError(f"{path}: labels are {labels.dtype} {labels.shape}, must be integers [{len(latents)}]")
-    return latents, labels
+
+def _get(path: Path, arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
+    if name not in arrays:
+        raise ValueError(f"{path} has no array {name!r}; it has {sorted(arrays)}")
+    return arrays[name]
+
+
+def _captions(paths: Sequence[Path], shards: Sequence[dict[str, np.ndarray]]) -> Captions:
+    """What the captions of all shards have in common."""
+    channels, tokens, null = shards[0]["caption"].shape[2], [], None
+    for path, shard in zip(paths, shards):
+        caption = shard["caption"]
+        if caption.shape[2] != channels:
+            raise ValueError(f"{path} has captions of {caption.shape[2]} channels, {paths[0].name} of {channels}")
+        mask = shard.get("caption_mask", np.ones(caption.shape[:2], dtype=bool))
+        counts = np.count_nonzero(mask, axis=1)
+        if not counts.all():
+            raise ValueError(
+                f"{path}: caption_mask[{int(counts.argmin())}] has no token, every caption must have one (the empty "
+                "text has one)"
+            )
+        tokens.append(counts)
+        found = shard.get("null_caption")
+        if found is None:
+            continue
+        if found.ndim != 2 or found.shape[1] != channels or found.dtype.kind != "f":
+            raise ValueError(
+                f"{path}: null_caption is {found.dtype} {found.shape}, must be floating-point [L, {channels}]"
+            )
+        if null is not None and not np.array_equal(found, null):
+            raise ValueError(f"{path} has another null_caption than the shards before it")
+        null = found
+    null = np.zeros((1, channels)) if null is None else null
+    length = max(len(null), *(shard["caption"].shape[1] for shard in shards))
+    return Captions(channels, length, np.concatenate(tokens), torch.from_numpy(null.astype(np.float32)))
 
 
 def _map_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -137,7 +227,7 @@ def is_feature_folder(root: Path) -> bool:
     return any(entry.is_dir() and entry.name.endswith("_features") for entry in root.iterdir())
 
 
-class FeatureFolder(Dataset):
+class FeatureFolder(Samples):
     """fast-DiT's output: NAME_features/*.npy, each [1, C, H, W] or [C, H, W], and NAME_labels/ with files of the same
     names, each one label. Labels of a million files are read with their samples, not at the start."""
 
@@ -162,12 +252,13 @@ class FeatureFolder(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
         samples = [_one_sample(self.features / self.files[index]) for index in indices]
         for index, sample in zip(indices, samples):
             if sample.shape != self.shape:
                 raise ValueError(f"{self.name(index)} has a latent of shape {sample.shape}, must be {self.shape}")
-        return torch.from_numpy(np.stack(samples)), torch.tensor([self._label(index) for index in indices])
+        labels = torch.tensor([self._label(index) for index in indices])
+        return torch.from_numpy(np.stack(samples)), {"y": labels}
 
     def name(self, index: int) -> str:
         return str(self.features / self.files[index])

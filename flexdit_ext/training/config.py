@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..config import FlexDiTConfig
+from ..config_single import FlexLatteConfig, FlexPixArtConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -21,14 +22,21 @@ else:
     import tomli as tomllib
 
 
+# Of each family, the configuration whose fields stand in [model].
+MODEL_CONFIGS = {"flexdit": FlexDiTConfig, "flexpixart": FlexPixArtConfig, "flexlatte": FlexLatteConfig}
+
+
 @dataclass(frozen=True)
 class ModelSettings:
-    """What is trained: a checkpoint, or a preset, or the fields of FlexDiTConfig; fields go over a preset's.
+    """What is trained: a checkpoint, or a preset (of flexdit), or the fields of the family's configuration; fields go
+    over a preset's.
 
-    checkpoint: what save_pretrained or `flexdit convert --to flexdit` wrote. layout: turns a dense checkpoint into the
-    FlexDiT of this layout, as `flexdit convert --layout` does. config: fields of FlexDiTConfig, in [model] itself.
+    family: None is that of the checkpoint, without one flexdit. checkpoint: what save_pretrained or `flexdit convert
+    --to flexdit` wrote. layout: turns a dense checkpoint into the sparse model of this layout, as `flexdit convert
+    --layout` does. config: fields of FlexDiTConfig, FlexPixArtConfig or FlexLatteConfig, in [model] itself.
     """
 
+    family: Literal["flexdit", "flexpixart", "flexlatte"] | None = None
     checkpoint: str | None = None
     layout: str | None = None
     preset: str | None = None
@@ -38,11 +46,14 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """kind: "digits" (scikit-learn's), "images" (a folder per class) or "latents" (safetensors or npz shards, or
-    fast-DiT's feature folders). flip: mirror half of the images. workers: loading processes, 0 loads in the loop."""
+    """kind: of a flexdit "digits" (scikit-learn's), "images" (a folder per class) or "latents" (safetensors or npz
+    shards, or fast-DiT's feature folders); of a flexpixart "captions" (shards); of a flexlatte "clips" (a folder per
+    class, or shards). What shards hold: docs/training.md. frame_step: of so many frames of a folder's clips one is
+    taken. flip: mirror half of the samples. workers: loading processes, 0 loads in the loop."""
 
-    kind: Literal["digits", "images", "latents"] = "images"
+    kind: Literal["digits", "images", "latents", "captions", "clips"] = "images"
     path: str | None = None
+    frame_step: int = 1
     flip: bool = False
     workers: int = 0
 
@@ -75,10 +86,10 @@ class AverageSettings:
 class DensitySettings:
     """ "ragged": each sample's grid is the schedule's at its own timestep. "piecewise", the paper's way: a forward pass
     draws all timesteps from one interval of the schedule, so that every rank trains one interval at a time. "fixed":
-    `grid` for all."""
+    `grid` for all, (h, w), of a flexlatte (f, h, w)."""
 
     mode: Literal["ragged", "piecewise", "fixed"] = "ragged"
-    grid: tuple[int, int] | None = None
+    grid: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +121,8 @@ class CheckpointSettings:
 @dataclass(frozen=True)
 class LogSettings:
     """every: steps per line of log.jsonl. buckets: of the timestep, a mean loss for each. sample_every: steps between
-    sample grids, 0 draws none. vae: the folder of a diffusers AutoencoderKL, which makes pictures of samples that are
+    sample grids, 0 draws none; they have a row for each of sample_classes classes or captions, which are some of the
+    data's. vae: the folder of a diffusers AutoencoderKL, which makes pictures of samples that are
     latents. peak_tflops: of the device at this precision, for MFU; 0 looks it up."""
 
     every: int = 50
@@ -128,7 +140,8 @@ class LogSettings:
 @dataclass(frozen=True)
 class TrainingConfig:
     """A run. batch_size counts samples per step over all processes; accumulation splits each process's share of it into
-    so many forward passes. label_dropout None is the model's class_dropout_prob. timesteps "stratified" draws one in
+    so many forward passes. label_dropout: share of labels or captions that are replaced by the null class or the null
+    caption; None is the model's class_dropout_prob, and 0.1 for captions. timesteps "stratified" draws one in
     each of batch_size equal parts of the range. output: the run's folder."""
 
     output: str
@@ -223,13 +236,30 @@ def _set(values: dict, setting: str) -> None:
 
 
 def _with_config_table(values: Mapping) -> dict:
-    """[model] with the fields of FlexDiTConfig moved into one dict."""
+    """[model] with the fields of the family's configuration moved into one dict."""
     own = {item.name for item in dataclasses.fields(ModelSettings)} - {"config"}
-    known = {item.name for item in dataclasses.fields(FlexDiTConfig)}
+    family = values.get("family")
+    known = {name for kind in MODEL_CONFIGS for name in _fields(kind)}
+    if family is None and values.get("checkpoint") is None:
+        family = "flexdit"
+    if family in MODEL_CONFIGS:  # else it is the checkpoint's, and its fields are checked with it
+        check_fields(set(values) & known | set(values.get("config", {})), family)
+        known = _fields(family)
     _check_keys(set(values) - {"config"}, own | known, "model.")
     config = dict(values.get("config", {}))
     config |= {key: value for key, value in values.items() if key in known}
     return {key: value for key, value in values.items() if key in own} | {"config": config}
+
+
+def _fields(family: str) -> set[str]:
+    return {item.name for item in dataclasses.fields(MODEL_CONFIGS[family])}
+
+
+def check_fields(keys: Iterable[str], family: str) -> None:
+    """Raises ValueError for a field that only other families have."""
+    for key in sorted(set(keys) - _fields(family)):
+        if others := [name for name in MODEL_CONFIGS if key in _fields(name)]:
+            raise ValueError(f"model.{key} is a field of {' and '.join(others)}, but model.family is {family!r}")
 
 
 def _check_keys(keys: Iterable[str], known: Iterable[str], prefix: str) -> None:
@@ -258,7 +288,7 @@ def _convert(hint, value, name: str):
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, f"{name}.")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):
         return None if value is None else _convert(arguments[0], value, name)
     if origin is Literal:
         if value not in arguments:
@@ -268,6 +298,8 @@ def _convert(hint, value, name: str):
             raise ValueError(f"{name} is {value!r}, must be one of {allowed}{guess}")
         return value
     if origin is tuple:
+        if isinstance(value, (list, tuple)) and arguments[1:] == (...,):
+            arguments = arguments[:1] * len(value)
         if not isinstance(value, (list, tuple)) or len(value) != len(arguments):
             raise TypeError(f"{name} is {value!r}, must be a list of {len(arguments)}")
         return tuple(_convert(one, part, f"{name}[{i}]") for i, (one, part) in enumerate(zip(arguments, value)))
@@ -281,6 +313,7 @@ def _convert(hint, value, name: str):
 def _check_ranges(config: TrainingConfig) -> None:
     optimizer, log = config.optimizer, config.log
     counts = {"steps": config.steps, "batch_size": config.batch_size, "accumulation": config.accumulation}
+    counts |= {"data.frame_step": config.data.frame_step}
     counts |= {"checkpoint.every": config.checkpoint.every, "checkpoint.keep": config.checkpoint.keep}
     counts |= {"log.every": log.every, "log.buckets": log.buckets, "log.sample_steps": log.sample_steps}
     counts |= {"log.sample_columns": log.sample_columns, "log.sample_classes": log.sample_classes}
@@ -303,6 +336,10 @@ def _check_ranges(config: TrainingConfig) -> None:
     _require("parallel.bucket_mb", config.parallel.bucket_mb, config.parallel.bucket_mb > 0, "above 0")
     _require("seed", config.seed, 0 <= config.seed < 2**63, "at least 0 and below 2^63")
     _require("output", config.output, bool(config.output), "the name of a folder")
+    if config.data.frame_step > 1 and config.data.kind != "clips":
+        raise ValueError(
+            f"data.frame_step is {config.data.frame_step}, but data.kind {config.data.kind!r} has no frames"
+        )
     if config.data.kind != "digits" and not config.data.path:
         raise ValueError(f"data.path is missing: {config.data.kind} are read from a folder")
     if (config.density.grid is None) == (config.density.mode == "fixed"):

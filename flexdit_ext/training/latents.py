@@ -1,9 +1,12 @@
-"""`flexdit latents`: a folder of images, once through diffusers' AutoencoderKL, into shards that training maps."""
+"""`flexdit latents`: a folder of images or clips, once through diffusers' AutoencoderKL, and their texts, once through
+a T5, into shards that training maps."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +18,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .._files import all_or_nothing
+from .._text import TextEncoder
 from ..checkpoint import fsync
 from ..sampling import derive_seed, normal_noise
-from .data import ImageFolder, as_it_is
+from ._folders import ClipFolder, ImageFolder
+from .data import as_it_is
 
 _METADATA_KEY = "flexdit_latents"
 
@@ -26,7 +31,11 @@ _METADATA_KEY = "flexdit_latents"
 class LatentSettings:
     """What decides the numbers in the shards. vae: a folder or a Hub id of an AutoencoderKL, maybe the `vae` folder of
     a pipeline. size: of the square images in pixels. flip: mirrored images follow the plain ones. mean: no sampling of
-    the autoencoder's posterior; otherwise image i draws from its own stream of the seed."""
+    the autoencoder's posterior; otherwise image i draws from its own stream of the seed.
+
+    text_encoder: a folder with a T5 and its tokenizer; then there is NAME.txt beside NAME.png, in place of a folder for
+    each class, and its caption is cut at max_tokens. frames: clips of so many frames, one of every frame_step, in place
+    of images; 0 is images."""
 
     images: str
     vae: str
@@ -37,11 +46,16 @@ class LatentSettings:
     dtype: str = "float32"
     batch_size: int = 16
     shard_size: int = 4096
+    text_encoder: str | None = None
+    max_tokens: int = 120
+    frames: int = 0
+    frame_step: int = 1
 
     def __post_init__(self):
-        for name in ("size", "batch_size", "shard_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+        for name in ("size", "batch_size", "shard_size", "max_tokens", "frames", "frame_step"):
+            least = 0 if name == "frames" else 1
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be at least {least}")
         if self.dtype not in ("float32", "float16"):
             raise ValueError(f"dtype is {self.dtype!r}, must be 'float32' or 'float16'")
 
@@ -62,24 +76,39 @@ def write_latents(
 ) -> list[Path]:
     """Writes latents-*.safetensors into `target` and returns the shards of this rank: every `world`-th.
 
-    A shard holds `latents` [n, C, h, w], scaled as diffusion models take them: (z - shift - mean) * scaling / std of
-    the autoencoder's configuration; and `labels` [n] int64. Whole shards of an earlier call are kept, so that a call
-    that was broken off goes on; one that was made with other settings is a ValueError.
+    A shard holds `latents` [n, C, h, w] or `clips` [n, C, F, h, w], scaled as diffusion models take them: (z - shift -
+    mean) * scaling / std of the autoencoder's configuration; and `labels` [n] int64, or with a text encoder `caption`
+    [n, L, D], `caption_mask` [n, L] bool, and `null_caption`, the empty text. Whole shards of an earlier call are kept,
+    so that a call that was broken off goes on; one that was made with other settings is a ValueError.
     """
-    data = ImageFolder(settings.images, channels=3, size=settings.size, name="images")
+    data = _source(settings)
     count = len(data) * (1 + settings.flip)
     shards = -(-count // settings.shard_size)
-    metadata = json.dumps({**vars(settings), "samples": count, "classes": data.classes}, sort_keys=True)
+    made_of = {**vars(settings), "samples": count, "classes": data.classes}
+    if data.captioned:
+        made_of["texts"] = hashlib.sha256(json.dumps(data.texts).encode()).hexdigest()[:16]
+    metadata = json.dumps(made_of, sort_keys=True)
     target.mkdir(parents=True, exist_ok=True)
     mine = [(i, target / f"latents-{i:05d}-of-{shards:05d}.safetensors") for i in range(rank, shards, world)]
     _check_others(target, metadata)
     missing = [(i, path) for i, path in mine if not _is_whole(path)]
     if missing:
         vae = load_vae(settings.vae).to(device)
+        encoder = TextEncoder(Path(settings.text_encoder), torch.device(device)) if data.captioned else None
         for i, path in tqdm(missing, unit="shard", disable=None):
             rows = range(i * settings.shard_size, min(count, (i + 1) * settings.shard_size))
-            _write_shard(path, *_encode(data, rows, settings, vae, device, workers), metadata)
+            tensors = _encode(data, rows, settings, vae, device, workers)
+            if encoder is not None:
+                tensors |= _encode_texts(data, rows, settings, encoder)
+            _write_shard(path, tensors, metadata)
     return [path for _, path in mine]
+
+
+def _source(settings: LatentSettings) -> ImageFolder | ClipFolder:
+    captioned = settings.text_encoder is not None
+    if not settings.frames:
+        return ImageFolder(settings.images, 3, settings.size, "images", captioned)
+    return ClipFolder(settings.images, 3, settings.frames, settings.size, settings.frame_step, "images", captioned)
 
 
 def _check_others(target: Path, metadata: str) -> None:
@@ -105,24 +134,56 @@ def _is_whole(path: Path) -> bool:
 
 
 @torch.no_grad()
-def _encode(data: ImageFolder, rows: range, settings: LatentSettings, vae, device, workers) -> tuple[Tensor, Tensor]:
-    """Rows of the whole: images, then the same mirrored."""
+def _encode(data, rows: range, settings: LatentSettings, vae, device, workers) -> dict[str, Tensor]:
+    """Rows of the whole: images or clips, then the same mirrored."""
     shift, scaling = _normalisation(vae.config, device)
     batches = [rows[i : i + settings.batch_size] for i in range(0, len(rows), settings.batch_size)]
     indices = [[row % len(data) for row in batch] for batch in batches]
     loader = DataLoader(data, batch_sampler=indices, collate_fn=as_it_is, num_workers=workers)
     latents, labels = [], []
-    for batch, (images, classes) in zip(batches, loader):
+    for batch, (samples, conditions) in zip(batches, loader):
         mirrored = torch.tensor([row >= len(data) for row in batch])
-        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-        posterior = vae.encode(images.to(device)).latent_dist
+        samples = torch.where(mirrored.view(-1, *[1] * (samples.dim() - 1)), samples.flip(-1), samples)
+        frames = samples.transpose(1, 2).flatten(0, 1) if settings.frames else samples
+        posterior = vae.encode(frames.to(device)).latent_dist
         z = posterior.mean
         if not settings.mean:
             seeds = [derive_seed(settings.seed, row) for row in batch]
-            z = z + posterior.std * normal_noise(seeds, 0, tuple(z.shape[1:])).to(device)
-        latents.append(((z - shift) * scaling).cpu().to(getattr(torch, settings.dtype)))
-        labels.append(classes)
-    return torch.cat(latents).contiguous(), torch.cat(labels)  # convolutions may answer channels last
+            shape = z.unflatten(0, (len(batch), -1)).shape[1:] if settings.frames else z.shape[1:]
+            z = z + posterior.std * normal_noise(seeds, 0, tuple(shape)).view(z.shape).to(device)
+        latent = ((z - shift) * scaling).cpu().to(getattr(torch, settings.dtype))
+        latents.append(latent.unflatten(0, (len(batch), -1)).transpose(1, 2) if settings.frames else latent)
+        labels += [] if data.captioned else [conditions["y"]]
+    name = "clips" if settings.frames else "latents"
+    tensors = {name: torch.cat(latents).contiguous()}  # convolutions may answer channels last
+    return tensors if data.captioned else tensors | {"labels": torch.cat(labels)}
+
+
+def _encode_texts(data, rows: range, settings: LatentSettings, encoder: TextEncoder) -> dict[str, Tensor]:
+    """caption [n, L, D] with zeros behind the shorter ones, caption_mask [n, L], null_caption [L0, D]."""
+    captions: list[Tensor] = []
+    cut: list[str] = []
+    for first in range(0, len(rows), settings.batch_size):
+        batch = [row % len(data) for row in rows[first : first + settings.batch_size]]
+        names = [data.name(index) for index in batch]
+        states, masks = encoder(
+            [data.texts[index] for index in batch],
+            settings.max_tokens,
+            lambda number, message, names=names: cut.append(f"the text of {names[number]} {message}"),
+        )
+        captions += [state[mask].cpu() for state, mask in zip(states, masks)]
+    if cut:
+        others = f" (and {len(cut) - 1} others in this shard)" if len(cut) > 1 else ""
+        warnings.warn(f"{cut[0]}{others}", stacklevel=2)
+    states, masks = encoder([""], settings.max_tokens, lambda *_: None)
+    counts = torch.tensor([len(caption) for caption in captions])
+    dtype = getattr(torch, settings.dtype)
+    padded = torch.nn.utils.rnn.pad_sequence(captions, batch_first=True)
+    return {
+        "caption": padded.to(dtype),
+        "caption_mask": torch.arange(padded.shape[1]) < counts[:, None],
+        "null_caption": states[0, masks[0]].cpu().to(dtype),
+    }
 
 
 def _normalisation(config, device) -> tuple[Tensor, Tensor]:
@@ -137,11 +198,11 @@ def _normalisation(config, device) -> tuple[Tensor, Tensor]:
     return shift, scaling
 
 
-def _write_shard(path: Path, latents: Tensor, labels: Tensor, metadata: str) -> None:
+def _write_shard(path: Path, tensors: dict[str, Tensor], metadata: str) -> None:
     with all_or_nothing(path.parent) as folder:
         staged = folder / path.name
         try:
-            safetensors.torch.save_file({"latents": latents, "labels": labels}, staged, {_METADATA_KEY: metadata})
+            safetensors.torch.save_file(tensors, staged, {_METADATA_KEY: metadata})
         except safetensors.SafetensorError as error:  # what safetensors makes of an OSError
             raise OSError(f"cannot write {path}: {error}") from error
         os.chmod(staged, 0o644)

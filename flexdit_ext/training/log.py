@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from .._clips import write_clip
 from .._files import all_or_nothing, png, write_file
 from .config import LogSettings
+from .pictures import FRAMES_PER_SECOND, Pictures
 
 LOG_NAME = "log.jsonl"
 # Dense bfloat16 TFLOP/s as NVIDIA's data sheets give them.
@@ -122,13 +124,15 @@ class RunLog:
             rates["MFU"] = f"{line['mfu']:.1%}"
         self.bar.set_postfix(rates)
 
-    def samples(self, step: int, pixels: np.ndarray) -> None:
-        """A sample grid, uint8 [height, width, 3], into samples/step-*.png and tensorboard."""
+    def samples(self, step: int, pictures: Pictures) -> None:
+        """A sample grid into samples/step-*.png and tensorboard, of clips also into step-*.webp."""
         with self._forgiving():
             with all_or_nothing(self.path.parent / "samples") as folder:
-                write_file(folder / f"step-{step:08d}.png", png(pixels))
+                write_file(folder / f"step-{step:08d}.png", png(pictures.still))
+                if pictures.frames is not None:
+                    write_clip(folder / f"step-{step:08d}.webp", pictures.frames, FRAMES_PER_SECOND, f"step {step}")
             if self._writer is not None:
-                self._writer.add_image("samples", pixels, step, dataformats="HWC")
+                self._writer.add_image("samples", pictures.still, step, dataformats="HWC")
                 self._writer.flush()
 
     def close(self) -> None:

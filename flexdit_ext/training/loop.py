@@ -10,6 +10,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from .._vae import load_decoder
-from ..blocks import Block
 from ..diffusion import ddpm_loss, flow_loss
 from ..diffusion.ddpm import NUM_TIMESTEPS, at_least_float32
-from ..model import FlexDiT
 from . import state as checkpoints
 from .config import FREE_PATHS, FREE_TABLES, TrainingConfig, changed_keys
 from .data import batches, rank_slots
 from .draws import StepDraws, timesteps
+from .families import BLOCKS
 from .log import RunLog, Window, peak_tflops
 from .parallel import Parallel, TrainingError, local
-from .pictures import sample_grid
+from .pictures import sample_grid, shown_conditions
 from .setup import set_up
 
 FINISHED, TERMINATED = 0, 128 + signal.SIGTERM
@@ -100,11 +100,12 @@ class Trainer:
     def _prepare(self) -> None:
         config, parallel = self.config, self.parallel
         setup = set_up(config, parallel.world)
-        self.model, self.data, self.draws = setup.model, setup.data, setup.draws
+        self.family, self.model, self.null = setup.family, setup.model, setup.null
+        self.data, self.draws = setup.data, setup.draws
         self._decode = None
         parallel.on_main(self._load_decoder)
         parallel.on_main(self._claim_folder)
-        # In eval(): labels are dropped here, by the draws of their slots.
+        # In eval(): conditions are dropped here, by the draws of their slots.
         self.model.eval()
         self.model.activation_checkpointing = config.activation_checkpointing
         self.teacher = None if setup.teacher is None else setup.teacher.to(parallel.device)
@@ -118,7 +119,7 @@ class Trainer:
         self.step, self._saved_step = 0, None
         self._asked_to_end = self._ending = False
         self._pending: _Pending | None = None
-        self._macs: dict = {}
+        self._sample_macs = lru_cache(maxsize=None)(partial(self.family.macs, self.model))
         self.window = Window(config.log.buckets, self._resume())
 
     def _load_decoder(self) -> None:
@@ -146,7 +147,7 @@ class Trainer:
             self.model.compile()
             return
         for block in self.model.modules():
-            if isinstance(block, Block):
+            if isinstance(block, BLOCKS):
                 block.forward = torch.compile(block.forward)
 
     def _new_optimizer(self) -> torch.optim.AdamW:
@@ -262,7 +263,7 @@ class Trainer:
             self._save(must=at_end)
         self.window.go_on()
 
-    def _train_step(self, source: Iterator[tuple[Tensor, Tensor]]) -> _Pending:
+    def _train_step(self, source: Iterator[tuple[Tensor, dict[str, Tensor]]]) -> _Pending:
         draws = self.draws.of_step(self.step)
         self.optimizer.zero_grad()
         losses = []
@@ -280,22 +281,23 @@ class Trainer:
         values = self.parallel.gather(torch.cat([*losses, asked.to(losses[0].dtype)]))
         return _Pending(self.step, draws, values, norm, self._step_macs(draws))
 
-    def _loss(self, images: Tensor, labels: Tensor, draws: StepDraws, slots: range) -> Tensor:
+    def _loss(self, samples: Tensor, conditions: dict[str, Tensor], draws: StepDraws, slots: range) -> Tensor:
         """Per sample, [n]; t stays on the host, where the grids are made from it."""
         config, device, part = self.config, self.parallel.device, slice(slots.start, slots.stop)
-        self._check_labels(labels, draws.indices[part])
-        flipped = torch.from_numpy(draws.flipped[part])
-        images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
-        labels = torch.where(torch.from_numpy(draws.dropped[part]), self.model.config.num_classes, labels)
-        noise = self.draws.noise(self.step, slots, tuple(images.shape[1:]))
+        if "y" in conditions:
+            self._check_labels(conditions["y"], draws.indices[part])
+        samples = _where(draws.flipped[part], samples.flip(-1), samples)
+        dropped = {name: _where(draws.dropped[part], value, conditions[name]) for name, value in self.null.items()}
+        noise = self.draws.noise(self.step, slots, tuple(samples.shape[1:]))
         t = timesteps(draws.fraction[part], config.loss)
-        images, labels, noise = (tensor.to(device, non_blocking=True) for tensor in (images, labels, noise))
+        samples, noise = (tensor.to(device, non_blocking=True) for tensor in (samples, noise))
+        conditions = {name: value.to(device, non_blocking=True) for name, value in (conditions | dropped).items()}
         forward = _Forward(self.wrapped, device, config.precision)
         loss_function = ddpm_loss if config.loss == "ddpm" else flow_loss
         grid = self._grids(draws, part)
         if isinstance(grid, list) and config.compile:
             grid = None  # a graph for every list of grids would be too many: one with room for the largest grid
-        loss = loss_function(forward, images, labels, t, noise, grid=grid).loss
+        loss = loss_function(forward, samples, conditions, t, noise, grid=grid).loss
         if self.teacher is not None:
             weight = config.distillation.weight
             loss = (1 - weight) * loss + weight * self._distance_to_teacher(forward)
@@ -326,9 +328,9 @@ class Trainer:
         return [schedule.grid(t) for t in times.tolist()]
 
     def _distance_to_teacher(self, forward: _Forward) -> Tensor:
-        x, t, y = forward.inputs
+        x, t, conditions = forward.inputs
         with torch.no_grad():
-            wanted = _Forward(self.teacher, self.parallel.device, self.config.precision)(x, t, y, grid=None)
+            wanted = _Forward(self.teacher, self.parallel.device, self.config.precision)(x, t, **conditions)
         channels = x.shape[1]
         difference = at_least_float32(forward.output[:, :channels]) - at_least_float32(wanted[:, :channels])
         return difference.square().flatten(1).mean(1)
@@ -346,16 +348,15 @@ class Trainer:
 
     def _step_macs(self, draws: StepDraws) -> float:
         """Of the forward passes of all ranks."""
-        total = 0.0
+        tokens = [None] * self.config.batch_size
+        if (captions := self.data.captions) is not None:
+            tokens = np.where(draws.dropped, len(captions.null), captions.tokens[draws.indices]).tolist()
+        grids = []
         size = self.config.batch_size // self.draws.groups
         for group in range(self.draws.groups):
-            grids = self._grids(draws, slice(group * size, (group + 1) * size))
-            grids = grids if isinstance(grids, list) else [grids] * size
-            for grid in grids:
-                if grid not in self._macs:
-                    self._macs[grid] = self.model.macs(grid)
-                total += self._macs[grid]
-        return total
+            of_group = self._grids(draws, slice(group * size, (group + 1) * size))
+            grids += of_group if isinstance(of_group, list) else [of_group] * size
+        return sum(map(self._sample_macs, grids, tokens))
 
     # ---- what the host reads
 
@@ -404,6 +405,7 @@ class Trainer:
             "step": self.step,
             "samples": len(self.data),
             "config": self.config.to_dict(),
+            "family": self.family.name,
             "model": self.model.config.to_dict(),
             "window": self.window.state(),
         }
@@ -422,20 +424,22 @@ class Trainer:
         else:
             self._saved_step = self.step
 
-    def averaged_model(self) -> FlexDiT | None:
+    def averaged_model(self) -> nn.Module | None:
         """On the main process's CPU, in evaluation mode; None on the others, which have to call it as well."""
         tensors = self.parallel.full(self.model.state_dict() | self.average)
         if tensors is None:
             return None
         with torch.device("meta"):
-            model = FlexDiT(self.model.config)
+            model = self.family.model(self.model.config)
         model.load_state_dict(tensors, assign=True)
         return model.eval().requires_grad_(False)
 
     def _sample(self, log: RunLog | None) -> None:
         model = self.averaged_model()
         if model is not None:
-            log.samples(self.step, sample_grid(model.to(self.parallel.device), self.config, self._decode))
+            shown = shown_conditions(self.family, self.data, model.config, self.config.log.sample_classes)
+            model = model.to(self.parallel.device)
+            log.samples(self.step, sample_grid(self.family, model, shown, self.null, self.config, self._decode))
 
     def _finish(self) -> None:
         model = self.averaged_model()
@@ -464,11 +468,16 @@ class _Forward:
     def __init__(self, model: nn.Module, device: torch.device, precision: str):
         self.model, self.device, self.precision = model, device, precision
 
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor, grid=None) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, grid=None, **conditions: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            self.output = self.model(x, t, y, grid)
-        self.inputs = (x, t, y)
+            self.output = self.model(x, t, **conditions, grid=grid)
+        self.inputs = (x, t, conditions)
         return self.output
+
+
+def _where(chosen: np.ndarray, value: Tensor, other: Tensor) -> Tensor:
+    """A row of `value` for each sample that is chosen; one row stands for all."""
+    return torch.where(torch.from_numpy(chosen).view(-1, *[1] * (other.dim() - 1)), value, other)
 
 
 def train(config: TrainingConfig) -> int:

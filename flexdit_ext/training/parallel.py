@@ -12,8 +12,8 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from ..blocks import Block
 from .config import TrainingConfig
+from .families import BLOCKS
 
 
 class TrainingError(RuntimeError):
@@ -67,7 +67,7 @@ class Parallel:
             policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         mesh = init_device_mesh(self.device.type, (self.world,))
         for module in list(model.modules()):
-            if isinstance(module, Block):
+            if isinstance(module, BLOCKS):
                 fully_shard(module, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
 

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ..checkpoint import build_model, fsync
-from ..config import FlexDiTConfig
-from ..model import FlexDiT
+from ..checkpoint import fsync
+from .config import MODEL_CONFIGS
+from .families import FAMILIES
 from .parallel import Parallel, TrainingError
 
 STATE_NAME, SUMS_NAME = "state.json", "SHA256SUMS"
@@ -174,14 +174,17 @@ def load(path: Path, tensors: Mapping[str, Tensor], alone: bool) -> None:
         raise TrainingError(f"{path} does not fit this run: {_first_failure(error)}") from error
 
 
-def load_average(path: str | os.PathLike, prefix: str = "average.") -> FlexDiT:
+def load_average(path: str | os.PathLike, prefix: str = "average.") -> nn.Module:
     """The averaged model of a run's checkpoint ("model.": the trained one), on the CPU, in evaluation mode."""
     path = Path(path)
     verify(path)
-    config = FlexDiTConfig.from_dict(read_state(path)["model"])
+    state = read_state(path)
+    family = FAMILIES[state.get("family", "flexdit")]
+    config = MODEL_CONFIGS[family.name].from_dict(state["model"])
     with torch.device("meta"):
-        shapes = FlexDiT(config).state_dict()
-    tensors = {name: torch.empty(tensor.shape) for name, tensor in shapes.items()}
-    parameters = {f"{prefix}{name}": tensor for name, tensor in tensors.items() if name != "pos_embed"}
-    load(path, parameters | {"model.pos_embed": tensors["pos_embed"]}, alone=True)
-    return build_model(config, tensors, source=str(path))
+        model = family.model(config)
+    tensors = {name: torch.empty(tensor.shape) for name, tensor in model.state_dict().items()}
+    averaged = dict(model.named_parameters())  # buffers are the model's
+    wanted = {f"{prefix if name in averaged else 'model.'}{name}": tensor for name, tensor in tensors.items()}
+    load(path, wanted, alone=True)
+    return family.build(config, tensors, str(path))

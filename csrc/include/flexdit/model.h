@@ -40,7 +40,8 @@ struct Config {
   double position_scale = 1;                            // of the position embedding, as in FlexPixArtConfig
 
   Grid dense_grid() const {
-    return {static_cast<int32_t>(num_frames), static_cast<int32_t>(input_height / patch_size), static_cast<int32_t>(input_width / patch_size)};
+    return {static_cast<int32_t>(num_frames), static_cast<int32_t>(input_height / patch_size),
+            static_cast<int32_t>(input_width / patch_size)};
   }
   bool learned_variance() const { return out_channels == 2 * in_channels; }
   bool operator==(const Config&) const = default;
@@ -53,8 +54,8 @@ std::vector<ParameterSpec> model_parameters(const Config& config);
 // The kinds of the blocks in the order that the model runs and model_parameters lists them.
 std::vector<BlockKind> model_blocks(const Config& config);
 
-// What FlexPixArt and FlexLatte follow on that dense grid when their config names no schedule, as FlexPixArtConfig's and
-// FlexLatteConfig's default_schedule. Throws ArgumentError for FlexDiT, which has none.
+// What FlexPixArt and FlexLatte follow on that dense grid when their config names no schedule, as FlexPixArtConfig's
+// and FlexLatteConfig's default_schedule. Throws ArgumentError for FlexDiT, which has none.
 DensitySchedule default_schedule(const Config& config, Grid dense);
 
 // Multiply-accumulates of a forward pass of one sample whose sparse tokens form `sparse`, as this library computes
@@ -67,7 +68,7 @@ struct ModelPrepared {
   Matrix modulation;  // [B, model_modulation_columns]: instead of t and labels
   std::span<const Matrix> folded;               // of each pooling block W_o W_v [C, C] and W_o b_v + b_o [1, C]
   std::span<const PackedWeight* const> packed;  // of each parameter, or null
-  std::span<const Matrix> caption_kv;  // of each block that reads the caption, in their order: BlockPrepared::caption_kv
+  std::span<const Matrix> caption_kv;  // BlockPrepared's of each block that reads the caption, in their order
   TokenLayout caption_layout;          // where each sample's caption lies in all of them, as in Attention
 };
 
@@ -86,8 +87,8 @@ struct ModelForward {
   TokenLayout sparse_layout;        // of the samples' sparse tokens; empty without modules
   int64_t rows = 0, sparse_rows = 0;  // of token buffers, at least the layouts' totals; 0: the total, read on the host
   PositionTable positions;            // for samples with other dense grids than config's, or empty: pos_embed for all
-  // Of FlexLatte: the frames of both layouts as samples, what BlockForward::max_positions says of both, and the temporal
-  // embedding of each dense token.
+  // Of FlexLatte: the frames of both layouts as samples, what BlockForward::max_positions says of both, and the
+  // temporal embedding of each dense token.
   TokenLayout frames, sparse_frames;
   int64_t max_positions = 0, max_sparse_positions = 0;
   PositionTable times;
@@ -124,7 +125,7 @@ struct ModelModulation {
   const int64_t* labels = nullptr;  // [S], if the model has labels
   // With size_conditions: [S, 2] height and width, [S] height / width.
   const double *resolution = nullptr, *aspect_ratio = nullptr;
-  Matrix out;                 // [S, columns], written
+  Matrix out;                       // [S, columns], written
   void* workspace = nullptr;        // model_modulation_workspace_bytes
 };
 int64_t model_modulation_workspace_bytes(const Config& config, int64_t samples, DType dtype);

@@ -61,7 +61,8 @@ struct SampleRequest {
   int64_t height = 0, width = 0;                 // of the latent image, multiples of the patch; 0: the config's
   std::optional<Grid> sparse_grid;               // instead of the schedule's
   bool clip_x0 = false;                          // clamp the predicted x0 to [-1, 1]
-  // Of FlexPixArt and FlexLatte. Unconditional passes read null_caption where the model reads captions.
+  // Of FlexPixArt and FlexLatte. Unconditional passes read null_caption where the model reads captions, which guidance
+  // then needs, and have the null label where the model has one.
   CaptionInput caption, null_caption;
   int64_t frames = 0;                             // of a clip; 0: the config's
   double resolution[2] = {0, 0}, aspect_ratio = 0;  // with size_conditions: height and width in pixels, height / width
@@ -70,7 +71,7 @@ struct SampleRequest {
 struct SessionOptions {
   int64_t max_batch = 64;         // requests that advance together; the others wait
   int64_t queue_capacity = 1024;  // requests that may wait
-  int64_t guided_channels = 0;    // 0: DiT's min(3, in_channels)
+  int64_t guided_channels = 0;    // 0: DiT's min(3, in_channels); all of FlexPixArt's and FlexLatte's
   // Modulations are computed ahead, for as many steps as fit into this.
   int64_t modulation_bytes = int64_t{256} << 20;
 };
@@ -85,7 +86,8 @@ enum class RequestState : uint8_t { queued, active, finished, failed, unknown };
 struct Finished {
   int64_t id;
   int64_t channels, frames, height, width;
-  std::vector<double> image;  // [channels, frames, height, width]: float32 values, of a float64 model float64; empty: it failed
+  // [channels, frames, height, width]: float32 values, of a float64 model float64; empty: it failed
+  std::vector<double> image;
   std::string error;          // why, or empty
 };
 
