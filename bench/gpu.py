@@ -25,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # Benchmarks and the share of the time left that each takes where others follow. No call brings back the files of all.
-BENCHES = {"kernels": 0.4, "model": 0.5, "latency": 0.7, "serving": 1.0}
+BENCHES = {"kernels": 0.4, "model": 0.5, "latency": 0.7, "conditional": 0.7, "serving": 1.0}
 STAGES = ("build", "tests", "sanitize", *BENCHES)
 FIRST = ("build", "tests", "sanitize", "kernels", "model")  # those of a call that names none
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -177,7 +177,7 @@ def plan(arguments: argparse.Namespace, arch: str, sanitizer: str, out: Path) ->
     for name in benches:
         share = BENCHES[name] if name != benches[-1] else 1.0
         command = [sys.executable, str(ROOT / "bench" / f"{name}.py"), "--out", str(out)]
-        command += ["--device", "cuda"] if name in ("latency", "serving") else []
+        command += ["--device", "cuda"] if name in ("latency", "conditional", "serving") else []
         command += shlex.split(getattr(arguments, name))
         made.append(Stage(name, name, share * left, [command], share=share))
         left -= share * left

@@ -58,14 +58,18 @@ class Settings:
     def steps_of(self, row: Row) -> int:
         return self.steps or (50 if self.device.cuda else row.cpu_steps)
 
+    def wants(self, name: str) -> bool:
+        return bool(re.search(self.wanted, name))
+
     def limit(self, name: str, targets_later: int) -> float:
         """Seconds that getting a contender ready may take; the measurement needs some after it."""
         left = self.budget.remaining() - min(self.row_s, LEAST_S)
-        if name == COMPILED:
+        compiled = "torch.compile" in name
+        if compiled:
             left -= targets_later * KEPT_S[self.device.kind]
         if left <= 1:
             raise NotRun("the time budget was used up" if not targets_later else "time was kept for rows with targets")
-        return min(left, self.compile_s) if name == COMPILED else left
+        return min(left, self.compile_s) if compiled else left
 
 
 def ready(make: Callable[[], Loop], settings: Settings, limit_s: float) -> tuple[Loop, torch.Tensor | None, dict]:
@@ -83,8 +87,12 @@ def ready(make: Callable[[], Loop], settings: Settings, limit_s: float) -> tuple
     return loop, image, {"ready_s": time.monotonic() - begin}
 
 
-def take_turns(loops: dict[str, Loop], settings: Settings) -> dict[str, dict]:
-    """Times of every contender over its runs, in alternating order; at least two runs, unless the budget ends."""
+def take_turns(
+    loops: dict[str, Loop], settings: Settings, middle: Callable[[list[float]], float] = statistics.median
+) -> dict[str, dict]:
+    """Times of every contender over its runs, in alternating order; at least two runs, unless the budget ends.
+
+    middle: of a run's steps."""
     runs: dict[str, list[dict]] = {name: [] for name in loops}
     begin, left_s = time.monotonic(), settings.budget.remaining()
     gc.collect()
@@ -98,12 +106,15 @@ def take_turns(loops: dict[str, Loop], settings: Settings) -> dict[str, dict]:
                 runs[name].append(loops[name].run(settings.device)[1])
     finally:
         gc.enable()
-    return {name: summary(loops[name], values) for name, values in runs.items()}
+    return {name: summary(loops[name], values, middle) for name, values in runs.items()}
 
 
-def summary(loop: Loop, runs: list[dict]) -> dict:
-    medians = [statistics.median(run["steps_ms"]) for run in runs]
-    times = {"step_ms": statistics.median(medians), "steps_ms": [run["steps_ms"] for run in runs], "runs": len(runs)}
+def summary(loop: Loop, runs: list[dict], middle: Callable[[list[float]], float]) -> dict:
+    times = {
+        "step_ms": statistics.median(middle(run["steps_ms"]) for run in runs),
+        "steps_ms": [run["steps_ms"] for run in runs],
+        "runs": len(runs),
+    }
     if loop.makes_images:
         times["image_ms"] = statistics.median(run["image_ms"] for run in runs)
     return times
@@ -114,7 +125,7 @@ def measured(row: Row, settings: Settings, targets_later: int) -> dict:
     device, steps = settings.device, settings.steps_of(row)
     loops, images, facts, table = {}, {}, {}, {}
     for name, make in Contenders(row, steps, device, settings.compiler).makers().items():
-        if not re.search(settings.wanted, name):
+        if not settings.wants(name):
             continue
         table[name] = {}  # in this order in the result
         try:
@@ -136,7 +147,7 @@ def measured(row: Row, settings: Settings, targets_later: int) -> dict:
     return {"name": row.name, "steps": steps, "targets": targets, "contenders": table}
 
 
-def run_rows(rows: list[Row], settings: Settings, result: dict, keep: Callable[[], None]) -> None:
+def run_rows(rows: list, measured: Callable, settings: Settings, result: dict, keep: Callable[[], None]) -> None:
     for i, row in enumerate(rows):
         try:
             settings.budget.require(LEAST_S)
@@ -159,8 +170,8 @@ def failures(result: dict) -> list[str]:
     return [f"{row}, {name}: {times['not_run']}" for row, name, times in pairs if "not_run" in times]
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(description: str, arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="on the CPU")
     parser.add_argument("--budget-s", type=float, help="default: 900 on the CPU, 240 on a GPU")
@@ -184,9 +195,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parsed
 
 
-def main(argv: list[str] | None = None) -> int:
-    arguments = parse(argv)
-    rows = smoke_rows() if arguments.smoke else all_rows()
+def run(
+    kind: str,
+    arguments: argparse.Namespace,
+    rows: list,
+    measured: Callable[..., dict],
+    markdown: Callable[[dict], str],
+) -> int:
+    """Measures the rows and writes KIND_cpu, or on a GPU gpu_KIND_...; the exit code."""
     skipped = [row.name for row in rows if not re.search(arguments.rows, row.name)]
     rows = [row for row in rows if row.name not in skipped]
     if arguments.list:
@@ -197,8 +213,8 @@ def main(argv: list[str] | None = None) -> int:
     settings, out = Settings(arguments), folder(arguments.out, arguments.smoke)
     result = conditions(settings.device, settings.smoke)
     result |= {"rows": [], "not_run": {name: f"--rows {arguments.rows}" for name in skipped}}
-    name = result_file("latency", result)
-    run_rows(rows, settings, result, lambda: save(name, result, markdown(result), out))
+    name = result_file(kind, result)
+    run_rows(rows, measured, settings, result, lambda: save(name, result, markdown(result), out))
     if settings.device.cuda:
         result["clocks"]["end"] = clocks()
     if result["rows"]:
@@ -207,6 +223,11 @@ def main(argv: list[str] | None = None) -> int:
     for line in failures(result):
         print("FAILED", line, file=sys.stderr)
     return int(bool(failures(result)) or not result["rows"])
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse(__doc__, argv)
+    return run("latency", arguments, smoke_rows() if arguments.smoke else all_rows(), measured, markdown)
 
 
 if __name__ == "__main__":

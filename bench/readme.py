@@ -122,7 +122,7 @@ def gpu_section() -> str:
 
 
 def engine_section(kind: str) -> str:
-    """bench/latency.py's or serving.py's: the CPU's table, then the newest GPU's, each with its plot."""
+    """A benchmark's of either device: the CPU's table, then the newest GPU's, each with its plot."""
     gpu, parts = gpu_tables.newest(RESULTS, kind), []
     for stem in filter(None, (f"{kind}_cpu", gpu and gpu.stem)):
         if not (RESULTS / f"{stem}.md").exists():
@@ -141,6 +141,7 @@ def training_section() -> str:
 SECTIONS = {
     "cpu_model": cpu_section,
     "latency": functools.partial(engine_section, "latency"),
+    "conditional": functools.partial(engine_section, "conditional"),
     "serving": functools.partial(engine_section, "serving"),
     "training": training_section,
     "digits": demo_section,

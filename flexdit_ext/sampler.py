@@ -45,12 +45,13 @@ _NO_SIZES = (0.0, 0.0)  # the resolution of a request to a model without size_co
 
 
 class Sampler(Generic[Latents]):
-    """A model's weights prepared for sampling; the images are those of flexdit_ext.sample, of FlexPixArt and FlexLatte
-    those of sample_conditional, up to rounding.
+    """A model's weights prepared for sampling; the images are those of flexdit_ext.sample, on a CPU with AVX-512 to the
+    bit in float32 and bfloat16, of FlexPixArt and FlexLatte those of sample_conditional; else up to rounding.
 
-    Its own copy: adapters of peft merged, modulation layers in one matrix, pooling blocks folded, packed for the CPU's
-    products; changes of the model do not reach it. The work runs on the model's device, on a GPU in its current stream
-    and from captured graphs. Without torch, from_pretrained and from_arrays make one whose latents are numpy arrays.
+    Its own copy: adapters of peft merged, modulation layers in one matrix, packed for the CPU's products, for a GPU
+    pooling blocks folded; changes of the model do not reach it. The work runs on the model's device, on a GPU in its
+    current stream and from captured graphs. Without torch, from_pretrained and from_arrays make one whose latents are
+    numpy arrays.
 
     Args:
         model: FlexDiT, FlexPixArt or FlexLatte.

@@ -145,23 +145,21 @@ class _Denoiser:
             self.both_labels = torch.cat([labels, torch.full_like(labels, config.num_classes)])
 
     def __call__(self, x: Tensor, timestep: float) -> Tensor:
-        """x [B, C, H, W] in the solver's dtype -> [B, C or 2C, H, W] in the same dtype."""
+        """x [B, C, H, W] in the solver's dtype -> [B, C or 2C, H, W], float64 where it is guided."""
         guided = self.scales is not None and self.interval[0] <= timestep <= self.interval[1]
         labels = self.both_labels if guided else self.labels
         # Integer timesteps stay integers, as in DiT; flow's are the solver's.
         t_dtype = torch.int64 if isinstance(timestep, int) else x.dtype
         t = torch.full((len(labels),), timestep, dtype=t_dtype, device=x.device)
         inputs = torch.cat([x, x]) if guided else x
-        output = self.model(inputs.to(self.dtype), t, labels, grid=self.both_grids if guided else self.grids).to(
-            x.dtype
-        )
+        output = self.model(inputs.to(self.dtype), t, labels, grid=self.both_grids if guided else self.grids)
         split_output(output, self.in_channels)  # for its check
         if not guided:
             return output
-        cond, uncond = output.chunk(2)
+        cond, uncond = output.double().chunk(2)
         k = self.channels
         # uncond + scale * (cond - uncond), and exactly cond at 1: a neighbour's scale must not change an image
-        mixed = torch.lerp(uncond[:, :k], cond[:, :k], self.scales.to(x.dtype))
+        mixed = torch.lerp(uncond[:, :k], cond[:, :k], self.scales)
         return torch.cat([mixed, cond[:, k:]], dim=1)
 
 

@@ -130,15 +130,15 @@ class _Denoiser:
             self.both_grids = grids + grids if isinstance(grids, list) else grids
 
     def __call__(self, x: Tensor, timestep: float) -> Tensor:
-        """x [B, C, ...] in the solver's dtype -> [B, C or 2C, ...] in the same dtype."""
+        """x [B, C, ...] in the solver's dtype -> [B, C or 2C, ...], float64 where it is guided."""
         guided = self.scales is not None and self.interval[0] <= timestep <= self.interval[1]
         inputs = torch.cat([x, x]) if guided else x
         t_dtype = torch.int64 if isinstance(timestep, int) else x.dtype
         t = torch.full((len(inputs),), timestep, dtype=t_dtype, device=x.device)
         conditions, grids = (self.both, self.both_grids) if guided else (self.conditions, self.grids)
-        output = self.model(inputs.to(self.dtype), t, **conditions, grid=grids).to(x.dtype)
+        output = self.model(inputs.to(self.dtype), t, **conditions, grid=grids)
         if not guided:
             return output
-        cond, uncond = output.chunk(2)
-        k, scales = self.channels, self.scales.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+        cond, uncond = output.double().chunk(2)
+        k, scales = self.channels, self.scales.view(-1, *[1] * (x.dim() - 1))
         return torch.cat([torch.lerp(uncond[:, :k], cond[:, :k], scales), cond[:, k:]], dim=1)

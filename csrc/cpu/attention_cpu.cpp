@@ -102,32 +102,38 @@ void online_softmax(A* scores, int64_t rows, int64_t keys, int64_t ld, A* maximu
   }
 }
 
+// Keys outside, so that a block of them is packed once; the running maximum, sum and output of all queries wait inside.
 template <class T>
 void forward_task(const Attention& p, const Head<T>& q, const Head<T>& k, const Head<T>& v, int64_t d, int64_t first,
                   int64_t last, int64_t head_index) {
   using A = Acc<T>;
   const int64_t dp = round_up(d, kLanes<A>), keys = smaller(k.rows.count, kKeyBlock), ld = round_up(keys, kLanes<A>);
+  const int64_t queries = last - first;
   Scratch& scratch = thread_scratch();
-  scratch.reset<A>(d * ld + keys * dp + kQueryBlock * (d + ld + dp + 2), 7);
-  A *kt = scratch.take<A>(d * ld), *vb = scratch.take<A>(keys * dp), *qb = scratch.take<A>(kQueryBlock * d),
-    *s = scratch.take<A>(kQueryBlock * ld), *o = scratch.take<A>(kQueryBlock * dp),
-    *maximum = scratch.take<A>(kQueryBlock), *sum = scratch.take<A>(kQueryBlock);
-  int64_t packed = -1;  // first key of the block that is packed
-  for (int64_t i0 = first; i0 < last; i0 += kQueryBlock) {
-    const int64_t rows = smaller(kQueryBlock, last - i0);
-    unpack<T>(q, i0, rows, d, 1 / std::sqrt(A(d)), qb, d);
-    for (int64_t i = 0; i < rows; ++i) maximum[i] = A(-1e30), sum[i] = 0;
-    for (int64_t i = 0; i < rows * dp; ++i) o[i] = 0;
-    for (int64_t j0 = 0; j0 < k.rows.count; j0 += kKeyBlock) {
-      const int64_t count = smaller(kKeyBlock, k.rows.count - j0);
-      if (packed != j0) {
-        unpack_transposed<T>(k, j0, count, d, kt, ld);
-        unpack<T>(v, j0, count, d, A(1), vb, dp);
-        packed = j0;
-      }
-      multiply<A>(
-          {.m = rows, .n = count, .k = d, .a = qb, .a_row = d, .a_k = 1, .b = kt, .ldb = ld, .c = s, .ldc = ld});
-      online_softmax(s, rows, count, ld, maximum, sum, o, dp);
+  scratch.reset<A>(d * ld + keys * dp + kQueryBlock * ld + queries * (d + dp + 2), 7);
+  A *kt = scratch.take<A>(d * ld), *vb = scratch.take<A>(keys * dp), *s = scratch.take<A>(kQueryBlock * ld),
+    *qb = scratch.take<A>(queries * d), *o = scratch.take<A>(queries * dp), *maximum = scratch.take<A>(queries),
+    *sum = scratch.take<A>(queries);
+  unpack<T>(q, first, queries, d, 1 / std::sqrt(A(d)), qb, d);
+  for (int64_t i = 0; i < queries; ++i) maximum[i] = A(-1e30), sum[i] = 0;
+  for (int64_t i = 0; i < queries * dp; ++i) o[i] = 0;
+  for (int64_t j0 = 0; j0 < k.rows.count; j0 += kKeyBlock) {
+    const int64_t count = smaller(kKeyBlock, k.rows.count - j0);
+    unpack_transposed<T>(k, j0, count, d, kt, ld);
+    unpack<T>(v, j0, count, d, A(1), vb, dp);
+    for (int64_t i = 0; i < queries; i += kQueryBlock) {
+      const int64_t rows = smaller(kQueryBlock, queries - i);
+      multiply<A>({.m = rows,
+                   .n = count,
+                   .k = d,
+                   .a = qb + i * d,
+                   .a_row = d,
+                   .a_k = 1,
+                   .b = kt,
+                   .ldb = ld,
+                   .c = s,
+                   .ldc = ld});
+      online_softmax(s, rows, count, ld, maximum + i, sum + i, o + i * dp, dp);
       multiply<A>({.m = rows,
                    .n = d,
                    .k = count,
@@ -136,16 +142,16 @@ void forward_task(const Attention& p, const Head<T>& q, const Head<T>& k, const 
                    .a_k = 1,
                    .b = vb,
                    .ldb = dp,
-                   .c = o,
+                   .c = o + i * dp,
                    .ldc = dp,
                    .accumulate = true});
     }
-    for (int64_t i = 0; i < rows; ++i) {
-      T* out = row<T>(p.out, q.rows[i0 + i]) + q.column;
-      const A inverse = 1 / sum[i];
-      for (int64_t c = 0; c < d; ++c) store(out, c, o[i * dp + c] * inverse);
-      if (p.lse) row<A>(p.lse, q.rows[i0 + i])[head_index] = maximum[i] + std::log(sum[i]);
-    }
+  }
+  for (int64_t i = 0; i < queries; ++i) {
+    T* out = row<T>(p.out, q.rows[first + i]) + q.column;
+    const A inverse = 1 / sum[i];
+    for (int64_t c = 0; c < d; ++c) store(out, c, o[i * dp + c] * inverse);
+    if (p.lse) row<A>(p.lse, q.rows[first + i])[head_index] = maximum[i] + std::log(sum[i]);
   }
 }
 

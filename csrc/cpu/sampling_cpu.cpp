@@ -1,4 +1,5 @@
 // Sampling: noise, one step of a sampler, the model's input, guidance, and rows by their addresses.
+// A step is computed in double and rounded once, so that flexdit_ext/diffusion/samplers.py gives the same float32.
 #include "cpu/kernels.h"
 #include "ops/philox.h"
 
@@ -36,10 +37,10 @@ A mix(A a, A b, A w) {
 }
 
 // out[i] = the noise's factor at a learned variance.
-template <class T, class A>
-void learned_deviation(const T* v, const StepNumbers& c, int64_t count, A* out) {
-  const A low = A(c.log_variance_small), high = A(c.log_variance_large);
-  for (int64_t i = 0; i < count; ++i) out[i] = exponential((low + (load(v, i) + 1) / 2 * (high - low)) / 2);
+template <class T>
+void learned_deviation(const T* v, const StepNumbers& c, int64_t count, double* out) {
+  const double low = c.log_variance_small, high = c.log_variance_large;
+  for (int64_t i = 0; i < count; ++i) out[i] = exponential((low + (double(load(v, i)) + 1) / 2 * (high - low)) / 2);
 }
 
 // A channel of a sample: from the model's output (T) to the state (A).
@@ -51,24 +52,25 @@ struct Channel {
   int64_t noise_index;  // of the first value
 
   void step(int64_t first, int64_t count) const {
-    A next[kBlock], noise[kBlock], factor[kBlock];
+    double next[kBlock], factor[kBlock];
+    A noise[kBlock];
     for (int64_t i = 0; i < count; ++i) {
-      A prediction = A(load(cond, first + i));
-      if (uncond) prediction = mix(A(load(uncond, first + i)), prediction, A(c.guidance));
-      A clean = A(c.x0_from_x) * x[first + i] + A(c.x0_from_output) * prediction;
-      if (c.clip_x0) clean = clean < -1 ? A(-1) : clean > 1 ? A(1) : clean;
-      next[i] = A(c.x_coef) * x[first + i] + A(c.x0_coef) * clean;
+      double prediction = load(cond, first + i);
+      if (uncond) prediction = mix<double>(load(uncond, first + i), prediction, c.guidance);
+      double clean = c.x0_from_x * x[first + i] + c.x0_from_output * prediction;
+      if (c.clip_x0) clean = clean < -1 ? -1. : clean > 1 ? 1. : clean;
+      next[i] = c.x_coef * x[first + i] + c.x0_coef * clean;
       // The first step has no step before it.
-      if (c.x0_previous_coef != 0) next[i] += A(c.x0_previous_coef) * x0[first + i];
-      x0[first + i] = clean;
+      if (c.x0_previous_coef != 0) next[i] += c.x0_previous_coef * x0[first + i];
+      x0[first + i] = static_cast<A>(clean);
     }
     if (c.noise_coef > 0) {
       fill_normals(c.seed, c.draw, noise_index + first, count, noise);
-      for (int64_t i = 0; i < count; ++i) factor[i] = A(c.noise_coef);
+      for (int64_t i = 0; i < count; ++i) factor[i] = c.noise_coef;
       if (variance) learned_deviation(variance + first, c, count, factor);
       for (int64_t i = 0; i < count; ++i) next[i] += factor[i] * noise[i];
     }
-    for (int64_t i = 0; i < count; ++i) x[first + i] = next[i];
+    for (int64_t i = 0; i < count; ++i) x[first + i] = static_cast<A>(next[i]);
   }
 };
 

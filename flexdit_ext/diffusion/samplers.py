@@ -4,7 +4,8 @@
     next = x_coef * x + x0_coef * x0 + x0_previous_coef * (the step before's x0) + noise_coef * noise
 
 The one exception is DDPM with a learned variance, where the noise's coefficient comes from the output. The tables
-are computed in float64, so an engine in another language needs only them and this formula.
+and the steps are computed in float64, so an engine in another language needs only them and this formula, and its
+float32 images are the same ones.
 """
 
 from __future__ import annotations
@@ -53,13 +54,13 @@ class Sampler:
         return self.steps[i].noise_coef > 0
 
     def step(self, model_output: Tensor, i: int, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        """x at step i -> x at step i + 1 (after the last: the sample), [B, C, ...] in x's dtype.
+        """x at step i -> x at step i + 1 (after the last: the sample), [B, C, ...] in x's dtype, computed in float64.
 
         model_output [B, C or 2C, ...]: the first C are the prediction; i: 0-based step; noise: standard normal like
         x, needed where needs_noise(i). Call with i = 0, 1, ... in order: a two-step method remembers one tensor.
         """
-        c = self.steps[i]
-        prediction, variance = split_output(model_output, x.shape[1])
+        c, dtype, x = self.steps[i], x.dtype, x.double()
+        prediction, variance = split_output(model_output.double(), x.shape[1])
         x0 = c.x0_from_x * x + c.x0_from_output * prediction
         if self.clip_x0:
             x0 = x0.clamp(-1, 1)
@@ -67,14 +68,14 @@ class Sampler:
         if c.x0_previous_coef:
             if self._previous is None or self._previous[0] != i - 1:
                 raise RuntimeError(f"i = {i}: {type(self).__name__} needs step {i - 1} to come just before")
-            result = result + c.x0_previous_coef * self._previous[1]
+            result = result + c.x0_previous_coef * self._previous[1].double()
         keep = i + 1 < len(self.steps) and self.steps[i + 1].x0_previous_coef
-        self._previous = (i, x0) if keep else None
+        self._previous = (i, x0.to(dtype)) if keep else None
         if self.needs_noise(i):
             if noise is None:
                 raise ValueError(f"noise: step {i} of {type(self).__name__} needs it")
-            result = result + self._noise_scale(i, variance) * noise
-        return result
+            result = result + self._noise_scale(i, variance) * noise.double()
+        return result.to(dtype)
 
     def _noise_scale(self, i: int, variance: Tensor | None) -> float | Tensor:
         return self.steps[i].noise_coef

@@ -273,7 +273,8 @@ void normal_noise(const NormalNoise& p, const Execution& exec);
 //   x0 = c.x0_from_x x + c.x0_from_output prediction, clamped to [-1, 1] with clip_x0
 //   x  = c.x_coef x + c.x0_coef x0 + c.x0_previous_coef (x0 of the step before) + c.noise_coef noise
 // With learned variance the noise's factor is exp(((1 - f) log_variance_small + f log_variance_large) / 2) instead,
-// f = (v + 1) / 2 with v from the output's second half (IDDPM, arXiv 2102.09672, eq. 15).
+// f = (v + 1) / 2 with v from the output's second half (IDDPM, arXiv 2102.09672, eq. 15). Computed in float64 on the
+// CPU and in float32 on a GPU, then rounded to the state's dtype.
 struct StepNumbers {
   double x0_from_x, x0_from_output, x_coef, x0_coef, x0_previous_coef, noise_coef;
   double log_variance_small, log_variance_large;

@@ -13,8 +13,8 @@ namespace flexdit {
 
 struct Checkpoint;
 
-// A model's weights as sampling wants them, its own copy: modulation layers in one matrix, W_o W_v of pooling blocks
-// folded, on the CPU packed for its products. Shared by sessions; nothing changes it.
+// A model's weights as sampling wants them, its own copy: modulation layers in one matrix, on the CPU packed for its
+// products, on a GPU W_o W_v of pooling blocks folded. Shared by sessions; nothing changes it.
 struct SamplingModelOptions {
   Config config;
   // None: default_schedule of each size. FlexPixArt and FlexLatte follow one that is given on other sizes as it is, as
