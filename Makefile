@@ -12,10 +12,14 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name CMakeLists.tx
 # The wheel has CUDA kernels where nvcc is found; OFF leaves them out.
 WHEEL_CUDA ?= AUTO
 
-.PHONY: demo demo-video test pytest ctest cuda sanitize bench gpu wheel try-wheel stubs lint clean
+.PHONY: demo demo-text demo-video test pytest ctest cuda sanitize bench gpu wheel try-wheel stubs lint clean
 
 demo: $(VENV)/.built
 	$(BIN)/python examples/digits/run.py --out out
+
+# FlexPixArt on digits with captions. TEXT="--text-encoder DIR" takes a T5 encoder from a folder, with transformers.
+demo-text: $(VENV)/.built
+	$(BIN)/python examples/captions/run.py --out out/text $(TEXT)
 
 demo-video: $(VENV)/.built
 	$(BIN)/python examples/video/run.py --out out/video

@@ -1,6 +1,6 @@
 """Puts the newest results into README.md: tables between <!-- NAME --> markers, and the speed plot.
 
-python bench/readme.py [--demo out] [--demo-video out/video]     # first keeps a demo's report and pictures
+python bench/readme.py [--demo out] [--demo-text out/text] [--demo-video out/video]  # first keeps reports and pictures
 python bench/readme.py --check          # exit 1 if README.md does not show bench/results/
 """
 
@@ -23,6 +23,7 @@ MISSING = "not measured yet\n"
 # Of each demo, the files that are kept.
 KEPT = {
     "demo": {"report.json": RESULTS / "digits.json", "samples.png": RESULTS / "digits.png"},
+    "demo_text": {"report.json": RESULTS / "demo_text.json", "samples.png": PICTURES / "demo_text.png"},
     "demo_video": {
         "report.json": RESULTS / "demo_video.json",
         "frames.png": PICTURES / "demo_video.png",
@@ -70,6 +71,30 @@ def demo_conditions(report: dict) -> str:
         f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, seed {report['seed']}; "
         f"{report['training']['steps']} training steps each, {report['sampling']['steps']} sampling steps, guided.\n\n"
     )
+
+
+def demo_text_section() -> str:
+    path = RESULTS / "demo_text.json"
+    if not path.exists():
+        return MISSING
+    report = json.loads(path.read_text())
+    macs, rates, fitting = report["macs"], report["images_per_second"], report["fitting"]
+    distance = report["frechet_distance"]
+
+    def row(name: str, key: str) -> list[str]:
+        shares = [f"{fitting[key][judged]:.0%}" for judged in ("digit", "thickness", "tilt", "width", "properties")]
+        cost = [f"{macs[key] / 1e6:.1f} M", f"{rates[key]:.0f}"] if key in macs else ["", ""]
+        return [name, *cost, *shares, f"{distance[key]:.2f}" if key in distance else ""]
+
+    rows = [
+        row("dense PixArt", "dense"),
+        row("FlexPixArt", "flexpixart"),
+        row("held-out real digits", "held_out"),
+        row("FlexPixArt, captions shuffled", "shuffled"),
+        row("FlexPixArt, shuffled within each digit", "shuffled_within_digit"),
+    ]
+    headers = ["", "MACs", "images/s", "digit", "thickness", "tilt", "width", "all properties", "Fréchet distance"]
+    return demo_conditions(report) + table(headers, rows)
 
 
 def demo_video_section() -> str:
@@ -121,6 +146,7 @@ SECTIONS = {
     "serving": functools.partial(engine_section, "serving"),
     "training": training_section,
     "digits": demo_section,
+    "demo_text": demo_text_section,
     "demo_video": demo_video_section,
     "gpu": gpu_section,
 }
@@ -162,6 +188,7 @@ def plot() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--demo", type=Path, help="folder that `make demo` wrote")
+    parser.add_argument("--demo-text", type=Path, help="folder that `make demo-text` wrote")
     parser.add_argument("--demo-video", type=Path, help="folder that `make demo-video` wrote")
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()

@@ -167,14 +167,17 @@ def dense_grid(config: Config, size: tuple[int, int] | None, frames: int) -> Gri
 
 
 def check_guidance(config: Config, cfg_scale, total: int, null_caption) -> np.ndarray | None:
-    """None without guidance, else float64 [B]: guidance needs what the passes without condition read."""
-    scales = check_cfg_scale(cfg_scale, total, config) if config.num_classes else check_scales(cfg_scale, total)
+    """None without guidance, else float64 [B]: guidance needs what the passes without condition read, the null caption
+    and the null class; a label without a null class stays as it is where there is a caption."""
+    if config.num_classes and not config.caption_channels:
+        return check_cfg_scale(cfg_scale, total, config)
+    scales = check_scales(cfg_scale, total)
     if scales is None:
         return None
-    if config.caption_channels and null_caption is None:
-        raise ValueError(f"cfg_scale = {cfg_scale!r}: guidance needs null_caption, the caption of the empty text")
-    if not config.num_classes and not config.caption_channels:
+    if not config.caption_channels:
         raise ValueError(f"cfg_scale = {cfg_scale!r}: the model has no condition to guide by; only 1.0 is allowed")
+    if null_caption is None:
+        raise ValueError(f"cfg_scale = {cfg_scale!r}: guidance needs null_caption, the caption of the empty text")
     return scales
 
 

@@ -107,7 +107,7 @@ def test_bad_options(program, folder, name, options, message, tmp_path):
 
 
 @pytest.mark.parametrize("change, options, message", [
-    ({"caption": None}, [], "caption has 0 tokens"),
+    ({"caption": None}, [], "caption is missing"),
     ({"caption": np.zeros((8, 10), np.float32)}, [], "caption has 8 tokens"),
     ({"caption": np.zeros((2, 9), np.float32)}, [], "caption must be F32 [tokens, 10]"),
     ({"caption": np.zeros((2, 10))}, [], "caption must be F32 [tokens, 10]"),

@@ -18,15 +18,15 @@ from single_sampling import (
     null_of,
     sampler_of,
 )
-from test_single_model import make
 
 from flexdit_ext import DensitySchedule, FlexLatte, Sampler, _block_ops, sample_conditional
 
 SAMPLERS = ("ddim", "ddpm", "dpmpp", "flow", "heun")
 CLIPS = [name for name in CONFIGS if "clip" in name]
 SCALES = [2.5, 1.0, 0.0]
-EVERY = {name: {"sampler": name, "steps": 3} for name in SAMPLERS} | {
-    f"guided {name}": {"sampler": name, "steps": 3, "cfg_scale": SCALES, "seed": 3} for name in SAMPLERS
+# One sample of the three is not guided.
+EVERY = {f"guided {name}": {"sampler": name, "steps": 3, "cfg_scale": SCALES, "seed": 3} for name in SAMPLERS} | {
+    "plain": {"steps": 2}
 }
 OPTIONS = {
     "eta": {"steps": "ddim4", "eta": 0.6},
@@ -171,6 +171,15 @@ def test_null_captions_for_each_sample():
         assert error_of(sampler.sample(**conditions, **null, **run), expected) <= 1e-5
 
 
+def test_labels_without_a_null_class_stay():
+    overrides, run = {"class_dropout_prob": 0.0}, {"steps": 2, "cfg_scale": 2.0}
+    conditions = conditions_of("clip of both") | {"y": torch.tensor([0, 4, 3])}
+    null = {key: value for key, value in null_of("clip of both").items() if key != "y"}
+    expected = sample_conditional(model_of("clip of both", **overrides), conditions, unconditional=null, **run)
+    sampler = sampler_of("clip of both", **overrides)
+    assert error_of(sampler.sample(**conditions, **null_caption_of("clip of both"), **run), expected) <= 1e-5
+
+
 def test_arrays_of_other_libraries_and_dtypes():
     conditions, run = conditions_of("pixart with sizes"), {"steps": 2}
     sampler = sampler_of("pixart with sizes")
@@ -245,24 +254,37 @@ def test_adapters_are_merged(name):
 
 # ---- on the CUDA kernels --------------------------------------------------------------------------------------------
 
-CUDA_BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 0.2, torch.float16: 2e-2}
-CUDA_RUNS = {
-    "guided": {"sampler": "ddpm", "steps": 2, "cfg_scale": SCALES},
-    "interval, other size": {"steps": 2, "cfg_scale": 3.0, "guidance_interval": (400, 1000), "size": (4, 12)},
-}
+# Against Python's in float64 with the same weights; beside them the worst on the emulator, 2026-11-30.
+CUDA_BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 1e-2}  # 8.5e-7, 1.7e-2, 2.0e-3
+GUIDED = {"sampler": "ddpm", "steps": 2, "cfg_scale": SCALES}
+INTERVAL = {"steps": 2, "cfg_scale": 3.0, "guidance_interval": (400, 1000), "size": (4, 12)}
+CUDA_RUNS = [
+    ("pixart with sizes", torch.float32, GUIDED),
+    ("pixart with sizes", torch.float16, INTERVAL),
+    ("clip of both", torch.float32, INTERVAL | {"frames": 3}),
+    ("clip of both", torch.bfloat16, GUIDED),
+    ("class clip", torch.float32, GUIDED | {"sampler": "heun"}),
+]
+
+
+@pytest.fixture(scope="module")
+def cuda_expected():
+    """Computed on the CPU, before a test sends everything elsewhere."""
+    expected = []
+    for name, dtype, run in CUDA_RUNS:
+        model = copy.deepcopy(model_of(name, dtype)).double()
+        rounded = [
+            {key: value.to(dtype).double() if key == "caption" else value for key, value in values(name).items()}
+            for values in (conditions_of, null_of)
+        ]
+        expected.append(sample_conditional(model, rounded[0], unconditional=rounded[1], **run))
+    return expected
 
 
 @pytest.mark.parametrize("backend", CUDA, indirect=True)
-@pytest.mark.parametrize("run", CUDA_RUNS)
-@pytest.mark.parametrize("dtype", CUDA_BOUNDS, ids=short)
-@pytest.mark.parametrize("name", ["pixart with sizes", "clip of both"])
-def test_cuda_images(name, dtype, run, device):
-    """Against the reference in float64 with the same weights."""
-    model, _ = make(CONFIGS[name], dtype)
-    actual = actual_of(name, dtype, CUDA_RUNS[run], Sampler(copy.deepcopy(model).to(device)))
+@pytest.mark.parametrize("case", range(len(CUDA_RUNS)))
+def test_cuda_images(case, cuda_expected, device):
+    name, dtype, run = CUDA_RUNS[case]
+    actual = actual_of(name, dtype, run, Sampler(copy.deepcopy(model_of(name, dtype)).to(device)))
     assert actual.dtype == dtype and actual.device.type == device.type
-    double = copy.deepcopy(model).double()
-    conditions = {k: v.to(dtype).double() if k == "caption" else v for k, v in conditions_of(name).items()}
-    null = {k: v.to(dtype).double() if k == "caption" else v for k, v in null_of(name).items()}
-    expected = sample_conditional(double, conditions, unconditional=null, **CUDA_RUNS[run])
-    assert error_of(actual, expected) <= CUDA_BOUNDS[dtype]
+    assert error_of(actual, cuda_expected[case]) <= CUDA_BOUNDS[dtype]

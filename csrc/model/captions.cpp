@@ -9,10 +9,6 @@
 namespace flexdit {
 namespace {
 
-bool same(const Caption& a, const Caption& b) {
-  return a == b || (a && b && a->tokens == b->tokens && a->rows == b->rows);
-}
-
 struct Workspace {
   Matrix input, hidden, embedded;  // [L, caption_channels], [L, C], [L, C]
 };
@@ -23,6 +19,10 @@ Workspace plan_workspace(const Config& c, int64_t tokens, DType dtype, Arena& ar
 }
 
 }  // namespace
+
+bool same(const Caption& a, const Caption& b) {
+  return a == b || (a && b && a->tokens == b->tokens && a->rows == b->rows);
+}
 
 CaptionStore::CaptionStore(const SamplingModel::Prepared& prepared)
     : prepared_(prepared), slot_rows_(prepared.config.max_caption_tokens) {}

@@ -10,6 +10,7 @@
 namespace flexdit {
 
 using Caption = std::shared_ptr<const CaptionInput>;  // null: none
+bool same(const Caption& a, const Caption& b);
 
 // An image or clip under way. Its state stays in the engine from step to step.
 struct Occupant {

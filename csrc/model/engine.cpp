@@ -27,8 +27,8 @@ class Tables {
  public:
   size_t add(const void* data, int64_t count) {
     const size_t at = all_.size();
-    all_.resize(at + static_cast<size_t>(count));
-    std::memcpy(all_.data() + at, data, static_cast<size_t>(count) * sizeof(int32_t));
+    const auto* values = static_cast<const int32_t*>(data);
+    all_.insert(all_.end(), values, values + count);
     return at;
   }
   size_t add(const std::vector<int32_t>& values) { return add(values.data(), std::ssize(values)); }

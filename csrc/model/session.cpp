@@ -76,6 +76,7 @@ class Session::Implementation {
     Active one{.id = 0, .request = std::move(request), .dense = {}};
     one.dense = check_request(prepared_, one.request);
     one.captions = captions_of(one.request);
+    one.captions.null = shared(one.captions.null);
     const std::lock_guard lock(mutex_);
     if (static_cast<int64_t>(queue_.size()) >= options_.queue_capacity)
       throw QueueFull("the queue is full: " + std::to_string(options_.queue_capacity) +
@@ -146,6 +147,19 @@ class Session::Implementation {
  private:
   static void require(bool holds, const std::string& message) {
     if (!holds) throw ArgumentError(message);
+  }
+
+  // Most requests have the same null caption: one copy is enough while they wait.
+  Caption shared(const Caption& null) {
+    Caption last;
+    {
+      const std::lock_guard lock(mutex_);
+      last = last_null_.lock();
+    }
+    if (same(last, null)) return last;
+    const std::lock_guard lock(mutex_);
+    last_null_ = null;
+    return null;
   }
 
   static int64_t guided_channels(const Config& c) {
@@ -390,6 +404,7 @@ class Session::Implementation {
   mutable std::mutex mutex_;
   int64_t next_id_ = 0;
   std::deque<Active> queue_;
+  std::weak_ptr<const CaptionInput> last_null_;
   std::vector<int64_t> cancelled_;  // active ones, to be taken out
   std::map<int64_t, RequestState> states_;
   std::map<int64_t, Finished> finished_;

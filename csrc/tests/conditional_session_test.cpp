@@ -82,7 +82,7 @@ TEST_CASE(images_and_clips_do_not_depend_on_company) {
     const TestModel model(c, std::nullopt);
     for (const DType dtype : {DType::float32, DType::float64, DType::bfloat16}) {
       const auto prepared = model.prepare(dtype, kCpu);
-      for (uint64_t seed = 0; seed < 4; ++seed)
+      for (uint64_t seed = 0; seed < (dtype == DType::float32 ? 4 : 2); ++seed)
         CHECK_NOTE(difference_in_company(model, prepared, seed, {}) == 0, name_of(dtype), ", seed ", seed);
     }
     for (const DType dtype : {DType::float32, DType::bfloat16})

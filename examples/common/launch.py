@@ -7,6 +7,7 @@ import importlib
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ FORK_SHARE = 0.25
 @dataclass(frozen=True)
 class Program:
     """pipeline: name of the module whose run_demo(arguments) does it all and returns False if a target was missed;
-    sparse_name: of the model that is made from the dense one."""
+    sparse_name: of the model that is made from the dense one; add_arguments: adds the demo's own to the parser."""
 
     description: str
     pipeline: str
@@ -25,6 +26,7 @@ class Program:
     steps: int
     quick_steps: int
     out: Path
+    add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
 
 
 def _exit_at_once(*_) -> None:
@@ -32,13 +34,15 @@ def _exit_at_once(*_) -> None:
     os._exit(INTERRUPTED)
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """For argparse."""
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{value} is not positive")
     return value
 
 
-def _seed(text: str) -> int:
+def seed(text: str) -> int:
+    """For argparse."""
     if not 0 <= (value := int(text)) < 2**32:
         raise argparse.ArgumentTypeError(f"{value} is not in 0..2^32 - 1")
     return value
@@ -51,15 +55,16 @@ def _parse_arguments(program: Program) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=program.out, help=f"folder for everything written (default: {program.out})"
     )
-    parser.add_argument("--seed", type=_seed, default=0, help="of the split, the weights, the batches and the samples")
-    parser.add_argument("--steps", type=_positive, help=f"training steps of each model (default: {program.steps})")
+    parser.add_argument("--seed", type=seed, default=0, help="of the split, the weights, the batches and the samples")
+    parser.add_argument("--steps", type=positive, help=f"training steps of each model (default: {program.steps})")
     parser.add_argument(
-        "--fork-step", type=_positive, help=f"{program.sparse_name} takes the dense weights of this step (default: 1/4)"
+        "--fork-step", type=positive, help=f"{program.sparse_name} takes the dense weights of this step (default: 1/4)"
     )
-    parser.add_argument("--threads", type=_positive, help="of PyTorch and of the extension (default: all cores)")
+    parser.add_argument("--threads", type=positive, help="of PyTorch and of the extension (default: all cores)")
     parser.add_argument(
         "--quick", action="store_true", help="seconds instead of minutes; learns nothing, judges nothing"
     )
+    program.add_arguments(parser)
     arguments = parser.parse_args()
     arguments.steps = arguments.steps or (program.quick_steps if arguments.quick else program.steps)
     arguments.fork_step = arguments.fork_step or max(1, int(arguments.steps * FORK_SHARE))

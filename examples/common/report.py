@@ -32,13 +32,16 @@ def hardware() -> dict:
     }
 
 
-def count_macs(models: Models, dense: nn.Module, sparse: nn.Module) -> dict:
-    """Multiply-accumulates of one forward pass for one sample: the schedule's mean, and each of its grids."""
+def count_macs(models: Models, dense: nn.Module, sparse: nn.Module, **options) -> dict:
+    """Multiply-accumulates of one forward pass for one sample: the schedule's mean, and each of its grids. options: of
+    the models' macs()."""
     grids = sparse.schedule.grids
     return {
-        "dense": dense.macs(),
-        models.key: sparse.macs(),
-        f"{models.key}_by_grid": {"x".join(map(str, grid)): sparse.macs(grid) for grid in dict.fromkeys(grids)},
+        "dense": dense.macs(**options),
+        models.key: sparse.macs(**options),
+        f"{models.key}_by_grid": {
+            "x".join(map(str, grid)): sparse.macs(grid, **options) for grid in dict.fromkeys(grids)
+        },
     }
 
 

@@ -13,8 +13,9 @@ from tqdm import tqdm
 from flexdit_ext.convert import sparsify
 from flexdit_ext.diffusion import flow_loss
 
-# (number of samples, generator) -> samples [n, C, ...] and what the model's forward takes by name, n of each.
-Draw = Callable[[int, torch.Generator], tuple[Tensor, Mapping[str, Tensor]]]
+# (number of samples, generator) -> samples [n, C, ...] and what the model's forward takes by name: tensors or lists, n
+# of each.
+Draw = Callable[[int, torch.Generator], tuple[Tensor, Mapping]]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,16 @@ class Models:
     def key(self) -> str:
         """Of the sparse model, in the report and as its folder; the dense one's is "dense"."""
         return self.sparse_name.lower()
+
+    def new_dense(self) -> nn.Module:
+        model = self.kind(self.dense)
+        if self.initialise:
+            self.initialise(model)
+        return model
+
+    def to_sparse(self, dense: nn.Module) -> nn.Module:
+        """The sparse model, initialised from the dense one as in the paper."""
+        return sparsify(dense, self.sparse)
 
 
 @dataclass(frozen=True)
@@ -68,14 +79,12 @@ class Trainer:
     @classmethod
     def dense(cls, models: Models, settings: TrainingSettings) -> Trainer:
         torch.manual_seed(settings.seed)
-        model = models.kind(models.dense)
-        if models.initialise:
-            models.initialise(model)
+        model = models.new_dense()
         return cls(model, copy.deepcopy(model), settings)
 
     def to_sparse(self, models: Models) -> Trainer:
-        """A trainer that goes on from here with the sparse model, initialised from this dense one as in the paper."""
-        model, average = (sparsify(dense, models.sparse) for dense in (self.model, self.average))
+        """A trainer that goes on from here with the sparse model, made of this dense one."""
+        model, average = (models.to_sparse(dense) for dense in (self.model, self.average))
         return Trainer(model, average, self.settings, first_step=self.step)
 
     def train(self, until: int, draw: Draw, description: str) -> None:
@@ -89,11 +98,11 @@ class Trainer:
                 bar.set_postfix(loss=f"{self.losses[-1]:.3f}", refresh=False)
         self.step = until
 
-    def _train_step(self, x0: Tensor, conditions: Mapping[str, Tensor], generator: torch.Generator) -> float:
+    def _train_step(self, x0: Tensor, conditions: Mapping, generator: torch.Generator) -> float:
         count = len(x0)
         # One timestep in each of `count` equal parts of [0, 1]: uniform, with less variance between batches.
         t = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-        loss = flow_loss(self.model, x0, conditions, t, generator=generator).loss.mean()
+        loss = flow_loss(self._with(conditions), x0, torch.arange(count), t, generator=generator).loss.mean()
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_gradient_norm)
@@ -102,6 +111,10 @@ class Trainer:
         self.optimizer.step()
         self._update_average()
         return loss.item()
+
+    def _with(self, conditions: Mapping) -> Callable[..., Tensor]:
+        """The model for flow_loss, which takes tensors, not texts: y numbers the batch's samples, in their order."""
+        return lambda x, t, y, grid: self.model(x, t, **conditions, grid=grid)
 
     @torch.no_grad()
     def _update_average(self) -> None:

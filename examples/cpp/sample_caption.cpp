@@ -92,7 +92,7 @@ std::vector<flexdit::Finished> sample(const flexdit::Checkpoint& checkpoint, con
     request.resolution[1] = kPixelsPerLatent * static_cast<double>(request.width);
     request.aspect_ratio = request.resolution[0] / request.resolution[1];
   }
-  flexdit::Session session(flexdit::prepare_sampling(checkpoint), {.guided_channels = c.in_channels});
+  flexdit::Session session(flexdit::prepare_sampling(checkpoint));
   std::vector<int64_t> ids;
   for (int64_t i = 0; i < s.count; ++i) {
     request.seed = flexdit::derive_seed(s.seed, static_cast<uint64_t>(i));

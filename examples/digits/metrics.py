@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from torch import Tensor
 
-from flexdit_ext.evaluation.digits import distance
+from flexdit_ext.evaluation.digits import DigitClassifier, DigitSplit, distance, features
 
 _BOOTSTRAPS = 50
 
@@ -45,3 +46,25 @@ def ratio_standard_error(
         )
         ratios.append(above / below)
     return float(np.std(ratios))
+
+
+def compare_distances(
+    classifier: DigitClassifier, digits: DigitSplit, images: Mapping[str, Tensor], key: str, seed: int
+) -> dict:
+    """For the report: "frechet_distance" and "counts" of the samples of two models, "dense" and `key`.
+
+    images: model -> [sets, n, 1, 8, 8], made from the same noise and conditions, of the classes in proportion.
+    """
+    real, held_out = (features(classifier, pixels) for pixels in (digits.train_images, digits.held_out_images))
+    sampled = {name: [features(classifier, pixels) for pixels in sets] for name, sets in images.items()}
+    distances = {name: mean_distance(sets, real) for name, sets in sampled.items()}
+    distances |= {
+        "by_set": {name: [distance(rows, real) for rows in sets] for name, sets in sampled.items()},
+        "held_out": distance(held_out, real),
+        "train_halves": disjoint_sets_distance(real, digits.train_labels.numpy(), seed),
+        "ratio": distances[key] / distances["dense"],
+        "ratio_standard_error": ratio_standard_error(sampled[key], sampled["dense"], real, seed),
+    }
+    sets, samples = images[key].shape[:2]
+    counts = {"samples": samples, "sets": sets, "held_out": len(held_out), "train": len(real)}
+    return {"frechet_distance": distances, "counts": counts}

@@ -11,7 +11,7 @@ from common.demo import Demo
 from common.report import count_macs
 from common.training import Draw, TrainingSettings
 from digits.images import save_digit_grid
-from digits.metrics import disjoint_sets_distance, mean_distance, ratio_standard_error
+from digits.metrics import compare_distances
 from digits.models import MODELS
 from digits.report import judge, to_markdown
 from digits.sampling import SamplingSettings, sample_digits
@@ -22,8 +22,6 @@ from flexdit_ext.evaluation.digits import (
     DigitClassifier,
     DigitSplit,
     accuracy,
-    distance,
-    features,
     load_split,
     train_classifier,
 )
@@ -78,29 +76,11 @@ class DigitsDemo(Demo):
         return self.finish(results, judge if settings.judged else None, to_markdown)
 
     def _measure(self, classifier: DigitClassifier, digits: DigitSplit, images: dict[str, Tensor]) -> dict:
-        seed, labels = self.settings.training.seed, self.settings.sampling.labels
-        real = features(classifier, digits.train_images)
-        held_out = features(classifier, digits.held_out_images)
-        sampled = {name: [features(classifier, pixels) for pixels in sets] for name, sets in images.items()}
-        distances = {name: mean_distance(sets, real) for name, sets in sampled.items()}
+        labels = self.settings.sampling.labels
         return {
             "accuracy": {name: accuracy(classifier, sets[0], labels) for name, sets in images.items()}
             | {"held_out": accuracy(classifier, digits.held_out_images, digits.held_out_labels)},
-            "frechet_distance": distances
-            | {
-                "by_set": {name: [distance(rows, real) for rows in sets] for name, sets in sampled.items()},
-                "held_out": distance(held_out, real),
-                "train_halves": disjoint_sets_distance(real, digits.train_labels.numpy(), seed),
-                "ratio": distances["flexdit"] / distances["dense"],
-                "ratio_standard_error": ratio_standard_error(sampled["flexdit"], sampled["dense"], real, seed),
-            },
-            "counts": {
-                "samples": len(labels),
-                "sets": len(sampled["dense"]),
-                "held_out": len(held_out),
-                "train": len(real),
-            },
-        }
+        } | compare_distances(classifier, digits, images, MODELS.key, self.settings.training.seed)
 
 
 def make_settings(steps: int, fork_step: int, seed: int, quick: bool) -> DemoSettings:

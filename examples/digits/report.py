@@ -21,7 +21,7 @@ def judge(results: dict) -> dict[str, bool]:
 
 
 def to_markdown(results: dict) -> str:
-    sections = [_model_table(results), _distance_table(results), targets_section(results)]
+    sections = [_model_table(results), distance_table(results, "flexdit", "FlexDiT"), targets_section(results)]
     sections.append(conditions_section(results, "FlexDiT"))
     return "# FlexDiT on handwritten digits\n\n" + "\n\n".join(sections) + "\n"
 
@@ -30,15 +30,17 @@ def _model_table(results: dict) -> str:
     accuracy = results["accuracy"]
     rows = [
         *cost_rows(results, "flexdit", "image"),
-        ["classifier's accuracy on the samples", f"{accuracy['dense']:.1%}", f"{accuracy['flexdit']:.1%}"],
+        ["classifier's accuracy on the first set of samples", f"{accuracy['dense']:.1%}", f"{accuracy['flexdit']:.1%}"],
     ]
     return table(["", "dense DiT", "FlexDiT"], rows)
 
 
-def _distance_table(results: dict) -> str:
+def distance_table(results: dict, key: str, name: str) -> str:
+    """results: with what metrics.compare_distances gives, and the classifier's accuracy; key, name: of the sparse
+    model."""
     distance, counts = results["frechet_distance"], results["counts"]
     by_set = "; ".join(
-        f"{name} {', '.join(f'{value:.3f}' for value in values)}" for name, values in distance["by_set"].items()
+        f"{one} {', '.join(f'{value:.3f}' for value in values)}" for one, values in distance["by_set"].items()
     )
     rows = [
         [
@@ -46,19 +48,19 @@ def _distance_table(results: dict) -> str:
             f"{distance['dense']:.3f}",
         ],
         [
-            f"{counts['samples']} FlexDiT samples, training digits (mean of {counts['sets']} sets)",
-            f"{distance['flexdit']:.3f}",
+            f"{counts['samples']} {name} samples, training digits (mean of {counts['sets']} sets)",
+            f"{distance[key]:.3f}",
         ],
         [f"{counts['held_out']} held-out real digits, training digits", f"{distance['held_out']:.3f}"],
         ["two disjoint halves of the training digits", f"{distance['train_halves']:.3f}"],
         [
-            "FlexDiT / dense",
+            f"{name} / dense",
             f"{distance['ratio']:.3f} (bootstrap standard error {distance['ratio_standard_error']:.3f})",
         ],
     ]
     held_out_accuracy = f"{results['accuracy']['held_out']:.1%}"
     note = (
         f"In the features of a classifier that is right on {held_out_accuracy} of the held-out digits. "
-        f"The sets one by one: {by_set}; pictures and accuracies are the first set's."
+        f"The sets one by one: {by_set}; pictures are the first set's."
     )
     return table(["Fréchet distance", ""], rows) + "\n\n" + note
