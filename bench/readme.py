@@ -114,7 +114,9 @@ def demo_video_section() -> str:
     ]
     rows.append(["held-out real clips", "", "", *(f"{share:.1%}" for share in accuracy["held_out"].values())])
     headers = ["", "MACs per clip and pass", "clips/s", "digit seen, per frame", "motion seen", "both, in every frame"]
-    return demo_conditions(report) + table(headers, rows)
+    strip, animation = (path.relative_to(README.parent) for path in list(KEPT["demo_video"].values())[1:])
+    picture = f"[![Frames of FlexLatte's clips, two digits a row]({strip})]({animation})"
+    return demo_conditions(report) + table(headers, rows) + f"\n{picture} (a click shows them move)"
 
 
 def gpu_section() -> str:
