@@ -9,6 +9,9 @@ FLEXDIT_CUDA ?= OFF
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt) CMakeLists.txt setup.py pyproject.toml \
            flexdit_ext/version.py
 
+# Processes of pytest; most tests are one thread's work.
+TEST_JOBS ?= 2
+
 # The wheel has CUDA kernels where nvcc is found; OFF leaves them out.
 WHEEL_CUDA ?= AUTO
 
@@ -28,7 +31,7 @@ test: pytest ctest
 
 pytest: $(VENV)/.built build/ctest/build.ninja
 	$(BIN)/cmake --build build/ctest --target _C_emulated flexdit flexdit_c
-	FLEXDIT_EMULATED=build/ctest $(BIN)/pytest
+	FLEXDIT_EMULATED=build/ctest OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(TEST_JOBS) --dist loadfile
 
 ctest: build/ctest/build.ninja
 	$(BIN)/cmake --build build/ctest
