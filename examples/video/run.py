@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.launch import Program, launch
 
-PROGRAM = Program(__doc__, "video.pipeline", "FlexLatte", steps=4000, quick_steps=4, out=Path("out/video"))
+PROGRAM = Program(__doc__, "video.pipeline", "FlexLatte", steps=3000, quick_steps=4, out=Path("out/video"))
 
 if __name__ == "__main__":
     sys.exit(launch(PROGRAM))
