@@ -44,10 +44,15 @@ def peak_memory_mb() -> float:
 
 
 def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    """With family and model: clouds call several generations by one name."""
+    file = Path("/proc/cpuinfo")
+    lines = [line.partition(":") for line in file.read_text().splitlines()] if file.exists() else []
+    told = {key.strip(): value.strip() for key, _, value in lines}
+    if "model name" not in told:
+        return platform.processor() or platform.machine()
+    if "cpu family" not in told:
+        return told["model name"]
+    return f"{told['model name']} (family {told['cpu family']}, model {told['model']})"
 
 
 def commit() -> str:
