@@ -31,7 +31,7 @@ test: pytest ctest
 
 pytest: $(VENV)/.built build/ctest/build.ninja
 	$(BIN)/cmake --build build/ctest --target _C_emulated flexdit flexdit_c
-	FLEXDIT_EMULATED=build/ctest OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(TEST_JOBS) --dist loadfile
+	FLEXDIT_EMULATED=build/ctest GOMP_SPINCOUNT=1000 OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(TEST_JOBS) --dist loadfile
 
 ctest: build/ctest/build.ninja
 	$(BIN)/cmake --build build/ctest
