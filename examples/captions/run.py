@@ -36,7 +36,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 if __name__ == "__main__":
     program = Program(
-        __doc__, "captions.pipeline", "FlexPixArt", steps=1200, quick_steps=16, out=Path("out/text"),
+        __doc__, "captions.pipeline", "FlexPixArt", steps=900, quick_steps=16, out=Path("out/text"),
         add_arguments=_add_arguments,
     )  # fmt: skip
     sys.exit(launch(program))
