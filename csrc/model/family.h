@@ -18,7 +18,41 @@ struct ParameterPlaces {
   std::optional<size_t> resolution, aspect_ratio, label, caption, modulation;
   size_t first_block = 0;
 };
-ParameterPlaces parameter_places(const Config& c);
+// What a part consists of; the value is the number of its parameters.
+enum class Part : uint8_t { table = 1, linear = 2, embedding = 4 };  // embedding: fc1 [out, in] and fc2 [out, out]
+
+// Calls add(name, part, out, in) for what comes before the blocks, in the order of model_parameters.
+template <class Add>
+constexpr ParameterPlaces for_beginning(const Config& c, Add&& add) {
+  const int64_t h = c.hidden;
+  ParameterPlaces places;
+  size_t next = 0;
+  const auto part = [&](auto& place, const char* name, Part what, int64_t out, int64_t in) {
+    place = next, next += static_cast<size_t>(what);
+    add(name, what, out, in);
+  };
+  if (!shares_modulation(c)) part(places.position, "pos_embed", Part::table, c.dense_grid().tokens(), h);
+  part(places.patch_embed, "patch_embed", Part::linear, h, c.in_channels * c.patch_size * c.patch_size);
+  part(places.timestep, "timestep_embed", Part::embedding, h, c.timestep_features);
+  if (c.size_conditions) {
+    part(places.resolution, "resolution_embed", Part::embedding, h / 3, c.timestep_features);
+    part(places.aspect_ratio, "aspect_ratio_embed", Part::embedding, h / 3, c.timestep_features);
+  }
+  if (c.label_rows || !shares_modulation(c)) part(places.label, "label_embed.weight", Part::table, c.label_rows, h);
+  if (c.caption_channels) part(places.caption, "caption_embed", Part::embedding, h, c.caption_channels);
+  if (shares_modulation(c)) part(places.modulation, "modulation", Part::linear, 6 * h, h);
+  places.first_block = next;
+  return places;
+}
+// Without names: every pass asks.
+constexpr ParameterPlaces parameter_places(const Config& c) {
+  return for_beginning(c, [](const char*, Part, int64_t, int64_t) {});
+}
+
+constexpr int64_t block_count(const Config& c) {
+  const int64_t module = c.generation_blocks + c.sparse_blocks + c.recovery_blocks + c.dense_blocks;
+  return c.num_pooling_blocks + c.num_sdtm * module + c.num_dense_blocks;
+}
 
 // Of block k of the flattened order, which alternate in Latte: even ones attend within a frame and read the caption,
 // odd ones attend across the frames at one position (arXiv 2401.03048, variant 1).
@@ -33,14 +67,16 @@ size_t model_block_parameters(const Config& c, BlockKind kind, size_t k);
 constexpr size_t final_parameters(const Config& c) { return shares_modulation(c) ? 3 : 4; }
 
 constexpr size_t cross_index(const Config& c, size_t k) { return c.family == ModelFamily::latte ? k / 2 : k; }
-int64_t cross_blocks(const Config& c);  // how many have it
+constexpr int64_t cross_blocks(const Config& c) {  // how many have it
+  int64_t count = 0;
+  for (int64_t k = 0; k < block_count(c); ++k) count += has_cross(c, static_cast<size_t>(k));
+  return count;
+}
 
 // Latte adds the temporal embedding before its second block, here before the pooling block, module or dense block that
 // holds it: the first block of that, or nothing in other models.
 constexpr std::optional<size_t> time_place(const Config& c) {
-  const int64_t module = c.generation_blocks + c.sparse_blocks + c.recovery_blocks + c.dense_blocks;
-  const int64_t depth = c.num_pooling_blocks + c.num_sdtm * module + c.num_dense_blocks;
-  if (c.family != ModelFamily::latte || depth < 2) return std::nullopt;
+  if (c.family != ModelFamily::latte || block_count(c) < 2) return std::nullopt;
   return c.num_pooling_blocks || !c.num_sdtm ? 1 : 0;
 }
 

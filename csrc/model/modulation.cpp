@@ -75,7 +75,7 @@ class Condition {
 }  // namespace
 
 int64_t model_modulation_columns(const Config& c) {
-  return (6 * static_cast<int64_t>(model_blocks(c).size()) + 2) * c.hidden;
+  return (6 * block_count(c) + 2) * c.hidden;
 }
 
 int64_t model_modulation_workspace_bytes(const Config& config, int64_t samples, DType dtype) {

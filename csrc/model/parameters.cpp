@@ -13,9 +13,8 @@ class Specs {
   explicit Specs(const Config& c) : c_(c), kinds_(model_blocks(c)) {}
 
   std::vector<ParameterSpec> all() {
-    const int64_t h = c_.hidden, values = c_.patch_size * c_.patch_size;
-    ends(values);
-    places_.first_block = list_.size();
+    const int64_t h = c_.hidden;
+    for_beginning(c_, [&](const std::string& name, Part part, int64_t out, int64_t in) { add(name, part, out, in); });
     blocks("pooling_blocks", c_.num_pooling_blocks);
     for (int64_t i = 0; i < c_.num_sdtm; ++i) {
       const std::string module = "sdtm." + std::to_string(i);
@@ -24,45 +23,31 @@ class Specs {
     }
     blocks("dense_blocks", c_.num_dense_blocks);
     if (shares_modulation(c_))
-      list_.push_back({"final_layer.modulation_table", 2, h});
+      add("final_layer.modulation_table", Part::table, 2, h);
     else
-      linear("final_layer.modulation", 2 * h, h);
-    linear("final_layer.linear", c_.out_channels * values, h);
+      add("final_layer.modulation", Part::linear, 2 * h, h);
+    add("final_layer.linear", Part::linear, c_.out_channels * c_.patch_size * c_.patch_size, h);
     return std::move(list_);
   }
 
-  // What comes before the blocks.
-  const ParameterPlaces& ends(int64_t values) {
-    const int64_t h = c_.hidden;
-    if (!shares_modulation(c_))
-      places_.position = list_.size(), list_.push_back({"pos_embed", c_.dense_grid().tokens(), h});
-    places_.patch_embed = list_.size(), linear("patch_embed", h, c_.in_channels * values);
-    places_.timestep = embedding("timestep_embed", c_.timestep_features, h);
-    if (c_.size_conditions) {
-      places_.resolution = embedding("resolution_embed", c_.timestep_features, h / 3);
-      places_.aspect_ratio = embedding("aspect_ratio_embed", c_.timestep_features, h / 3);
-    }
-    if (c_.label_rows || !shares_modulation(c_))
-      places_.label = list_.size(), list_.push_back({"label_embed.weight", c_.label_rows, h});
-    if (c_.caption_channels) places_.caption = embedding("caption_embed", c_.caption_channels, h);
-    if (shares_modulation(c_)) places_.modulation = list_.size(), linear("modulation", 6 * h, h);
-    places_.first_block = list_.size();
-    return places_;
-  }
-
  private:
-  void linear(const std::string& name, int64_t out, int64_t in) {
-    list_.push_back({name + ".weight", out, in}), list_.push_back({name + ".bias", 1, out});
-  }
-  size_t embedding(const std::string& name, int64_t in, int64_t out) {
-    const size_t first = list_.size();
-    linear(name + ".fc1", out, in), linear(name + ".fc2", out, out);
-    return first;
+  void add(const std::string& name, Part part, int64_t out, int64_t in) {
+    switch (part) {
+      case Part::table:
+        list_.push_back({name, out, in});
+        break;
+      case Part::linear:
+        list_.push_back({name + ".weight", out, in}), list_.push_back({name + ".bias", 1, out});
+        break;
+      case Part::embedding:
+        add(name + ".fc1", Part::linear, out, in), add(name + ".fc2", Part::linear, out, out);
+        break;
+    }
   }
   void blocks(const std::string& prefix, int64_t count) {
     for (int64_t i = 0; i < count; ++i, ++block_) {
       const std::string name = prefix + "." + std::to_string(i) + ".";
-      if (shares_modulation(c_)) list_.push_back({name + "modulation_table", 6, c_.hidden});
+      if (shares_modulation(c_)) add(name + "modulation_table", Part::table, 6, c_.hidden);
       for (auto& spec : block_parameters(kinds_[block_], c_.hidden, c_.mlp_hidden, style_of(c_, block_)))
         list_.push_back({name + spec.name, spec.rows, spec.cols});
     }
@@ -71,7 +56,6 @@ class Specs {
   const Config& c_;
   const std::vector<BlockKind> kinds_;
   std::vector<ParameterSpec> list_;
-  ParameterPlaces places_;
   size_t block_ = 0;
 };
 
@@ -128,16 +112,8 @@ class Macs {
 
 std::vector<ParameterSpec> model_parameters(const Config& c) { return Specs(c).all(); }
 
-ParameterPlaces parameter_places(const Config& c) { return Specs(c).ends(c.patch_size * c.patch_size); }
-
 size_t model_block_parameters(const Config& c, BlockKind kind, size_t k) {
   return shares_modulation(c) + block_parameter_count(kind, style_of(c, k));
-}
-
-int64_t cross_blocks(const Config& c) {
-  int64_t count = 0;
-  for (size_t k = 0; k < model_blocks(c).size(); ++k) count += has_cross(c, k);
-  return count;
 }
 
 std::vector<BlockKind> model_blocks(const Config& c) {
