@@ -25,7 +25,7 @@ from .config_single import FlexLatteConfig, FlexPixArtConfig
 from .schedule import DensitySchedule
 
 Config = FlexDiTConfig | FlexPixArtConfig | FlexLatteConfig
-_MAX_SIDE = 1 << 14  # of a latent image, as csrc/model/session.cpp has it
+_MAX_SIDE = 1 << 14  # of a latent image, as csrc/model/request.cpp has it
 
 
 def check_batch(config: Config, given: Mapping, seed) -> list[dict]:

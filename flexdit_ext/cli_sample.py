@@ -9,6 +9,7 @@ import io
 import json
 import math
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ._checkpoint_single import class_and_config
-from ._clips import FORMATS
+from ._clips import FORMATS, write_clip
 from ._core import CUDA_ARCHITECTURES
 from ._files import all_or_nothing, arrange, check_finite, png, to_pixels, write_file
 from ._requests import last_label
@@ -29,6 +30,7 @@ from .sampling import progress_bar
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 GRID_IMAGES = 256  # in grid.png
+_DECODED = 4  # frames at once: a decoder needs much more memory than the model
 SETTINGS = (
     *("seed", "sampler", "steps", "eta", "cfg_scale", "guidance_interval", "guidance_channels", "size", "grid"),
     *("clip_x0", "dtype"),
@@ -227,7 +229,7 @@ def _run(arguments: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')} is for {wanted}, {arguments.checkpoint} is a FlexDiT")
     model = FlexDiT.from_pretrained(arguments.checkpoint, device=arguments.device or default_device())
     chosen = check_labels(arguments.labels, model.config)
-    decode = _decoder(arguments, model)
+    decode = decoder(arguments, model.config, model.pos_embed.device)
     sampler = Sampler(model, DTYPES.get(arguments.dtype))
     del model  # the sampler has its own copy
     wanted = [label for label in chosen for _ in range(arguments.images_per_label)]
@@ -236,7 +238,8 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.latents or decode is None:
             write_latents(folder, latents, arguments.latents or "safetensors", labels=torch.tensor(wanted))
         if decode is not None:
-            _write_images(folder, latents, wanted, decode, arguments)
+            endings, shown = [f"_{label}" for label in wanted], [{"label": label} for label in wanted]
+            write_pictures(folder, latents, endings, shown, SETTINGS, decode, arguments)
         written = sorted(path.name for path in folder.iterdir())
     print_written(written, arguments)
     return 0
@@ -268,15 +271,18 @@ def _sample(sampler: Sampler, wanted: list[int], arguments: argparse.Namespace) 
     return latents
 
 
-def _decoder(arguments: argparse.Namespace, model: FlexDiT):
+def decoder(arguments: argparse.Namespace, config, device: torch.device) -> Callable[[Tensor], Tensor] | None:
     """What makes images [n, 1 or 3, H, W] in [-1, 1] of latents, or None where they stay latents."""
-    if not arguments.vae and model.config.in_channels not in PIXEL_CHANNELS:
+    if not arguments.vae and config.in_channels not in PIXEL_CHANNELS:
         return None
-    require("PIL", "pillow", "writing PNG files")
+    require("PIL", "pillow", "writing images")
+    if arguments.format == "mp4":
+        require("imageio", "imageio", "--format mp4")
+        require("imageio_ffmpeg", "imageio-ffmpeg", "--format mp4")
     if not arguments.vae:
         return torch.nn.Identity()
     require("diffusers", "diffusers", "--vae")
-    return load_decoder(Path(arguments.vae), model.config.in_channels, model.pos_embed.device)
+    return load_decoder(Path(arguments.vae), config.in_channels, device)
 
 
 def require(module: str, package: str, purpose: str) -> None:
@@ -295,18 +301,36 @@ def write_latents(folder: Path, latents: Tensor, form: str, **others: Tensor) ->
 
 
 @torch.no_grad()
-def _write_images(folder: Path, latents: Tensor, wanted: list[int], decode, arguments: argparse.Namespace) -> None:
-    shown = []
-    with progress_bar(not arguments.quiet, len(wanted), "writing", "image") as tick:
-        for i, label in enumerate(wanted):  # one by one: a decoder needs much more memory than the model
-            image = decode(latents[i : i + 1])
+def write_pictures(
+    folder: Path,
+    latents: Tensor,
+    endings: Sequence[str],
+    shown: Sequence[dict],
+    settings: Sequence[str],
+    decode: Callable[[Tensor], Tensor],
+    arguments: argparse.Namespace,
+) -> None:
+    """Images of latents [N, C, H, W] or clips of [N, C, F, H, W], and grid.png of the images or of the first frames.
+
+    endings: of each file's name; shown: what each is of; settings: the arguments that go into the files besides.
+    """
+    clips, first = latents.dim() == 5, []
+    what = "clip" if clips else "image"
+    given = {name: getattr(arguments, name) for name in settings}
+    with progress_bar(not arguments.quiet, len(latents), "writing", what) as tick:
+        for i, latent in enumerate(latents):
             index = arguments.start_index + i
-            check_finite(image, index)
-            (pixels,) = to_pixels(image)
-            settings = {"label": label, "index": index} | {name: getattr(arguments, name) for name in SETTINGS}
-            write_file(folder / f"{index:05d}_{label}.png", png(pixels, {"flexdit": json.dumps(settings)}))
-            if len(shown) < GRID_IMAGES:
-                shown.append(pixels)
+            frames = latent.transpose(0, 1) if clips else latent[None]
+            images = torch.cat([decode(some) for some in frames.split(_DECODED)])
+            check_finite(images[None], index, what)
+            pixels = to_pixels(images)
+            name, text = f"{index:05d}{endings[i]}", json.dumps(shown[i] | {"index": index} | given)
+            if clips:
+                write_clip(folder / f"{name}.{arguments.format}", pixels, arguments.fps, text)
+            else:
+                write_file(folder / f"{name}.png", png(pixels[0], {"flexdit": text}))
+            if len(first) < GRID_IMAGES:
+                first.append(pixels[0])
             tick()
-    several = arguments.images_per_label if arguments.images_per_label > 1 else math.ceil(math.sqrt(len(shown)))
-    write_file(folder / "grid.png", png(arrange(shown, arguments.columns or several)))
+    several = arguments.images_per_label if arguments.images_per_label > 1 else math.ceil(math.sqrt(len(first)))
+    write_file(folder / "grid.png", png(arrange(first, arguments.columns or several)))

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,28 +12,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._arguments import check_dtype, check_grid
-from ._clips import check_clip, write_clip
+from ._clips import check_clip
 from ._conditions import check_size, dense_grid
-from ._files import all_or_nothing, arrange, check_finite, png, to_pixels, write_file
+from ._files import all_or_nothing, check_finite
 from ._text import Captions, check_text_encoder, encode, read_captions, read_prompts
-from ._vae import PIXEL_CHANNELS, load_decoder, pixels_per_latent
+from ._vae import PIXEL_CHANNELS, pixels_per_latent
 from .cli_sample import (
     DTYPES,
-    GRID_IMAGES,
     SETTINGS,
     check_labels,
+    decoder,
     default_device,
     print_written,
     require,
     sampling_options,
     write_latents,
+    write_pictures,
 )
 from .config_single import FlexLatteConfig
 from .sampler import Sampler
-from .sampling import progress_bar
 from .single_model import FlexLatte, SingleFlexDiT
 
-_DECODED = 4  # frames at once: a decoder needs much more memory than the model
 _PIXELS_PER_LATENT = 8  # of the autoencoders that diffusers' PixArt comes with
 
 
@@ -53,7 +49,7 @@ class _Wanted:
 def run(arguments: argparse.Namespace, kind: type[SingleFlexDiT], config) -> int:
     _check_arguments(arguments, kind, config)
     device = arguments.device or default_device()
-    decode = _decoder(arguments, config, device)
+    decode = decoder(arguments, config, device)
     if arguments.dtype is not None:
         check_dtype(DTYPES[arguments.dtype], device)
     wanted = _wanted(arguments, config, device)
@@ -66,7 +62,8 @@ def run(arguments: argparse.Namespace, kind: type[SingleFlexDiT], config) -> int
             others = {"labels": wanted.conditions["y"]} if config.num_classes else {}
             write_latents(folder, latents, arguments.latents or "safetensors", **others)
         if decode is not None:
-            _write_pictures(folder, latents, wanted, decode, arguments)
+            settings = (*SETTINGS, "negative_prompt", *(("frames", "fps") if kind is FlexLatte else ()))
+            write_pictures(folder, latents, wanted.endings, wanted.shown, settings, decode, arguments)
         written = sorted(path.name for path in folder.iterdir())
     print_written(written, arguments)
     return 0
@@ -137,20 +134,6 @@ def _check_clips(arguments: argparse.Namespace, kind: type[SingleFlexDiT], confi
         raise ValueError(f"--grid is {'x'.join(map(str, grid))}, must be FRAMESxHEIGHTxWIDTH for clips")
     arguments.format, arguments.fps = arguments.format or "gif", arguments.fps or 8
     check_clip(arguments.format, arguments.fps)
-
-
-def _decoder(arguments: argparse.Namespace, config, device: torch.device) -> Callable[[Tensor], Tensor] | None:
-    """What makes images [n, 1 or 3, H, W] in [-1, 1] of latents, or None where they stay latents."""
-    if not arguments.vae and config.in_channels not in PIXEL_CHANNELS:
-        return None
-    require("PIL", "pillow", "writing images")
-    if arguments.format == "mp4":
-        require("imageio", "imageio", "--format mp4")
-        require("imageio_ffmpeg", "imageio-ffmpeg", "--format mp4")
-    if not arguments.vae:
-        return torch.nn.Identity()
-    require("diffusers", "diffusers", "--vae")
-    return load_decoder(Path(arguments.vae), config.in_channels, device)
 
 
 # ---- conditions -----------------------------------------------------------------------------------------------------
@@ -256,32 +239,3 @@ def _sizes(arguments: argparse.Namespace, config, count: int) -> dict[str, Tenso
         "resolution": torch.tensor([[float(height), float(width)]]).repeat(count, 1),
         "aspect_ratio": torch.full((count,), height / width),
     }
-
-
-# ---- files ----------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def _write_pictures(folder: Path, latents: Tensor, wanted: _Wanted, decode, arguments: argparse.Namespace) -> None:
-    """Images or clips, and grid.png of the images or of the first frames."""
-    clips, first = latents.dim() == 5, []
-    names = (*SETTINGS, *(("negative_prompt", "frames", "fps") if clips else ("negative_prompt",)))
-    settings = {name: getattr(arguments, name) for name in names}
-    with progress_bar(not arguments.quiet, len(latents), "writing", "clip" if clips else "image") as tick:
-        for i, latent in enumerate(latents):
-            index = arguments.start_index + i
-            frames = latent.transpose(0, 1) if clips else latent[None]
-            images = torch.cat([decode(some) for some in frames.split(_DECODED)])
-            check_finite(images[None], index, "clip" if clips else "image")
-            pixels = to_pixels(images)
-            text = json.dumps(wanted.shown[i] | {"index": index} | settings)
-            name = f"{index:05d}{wanted.endings[i]}"
-            if clips:
-                write_clip(folder / f"{name}.{arguments.format}", pixels, arguments.fps, text)
-            else:
-                write_file(folder / f"{name}.png", png(pixels[0], {"flexdit": text}))
-            if len(first) < GRID_IMAGES:
-                first.append(pixels[0])
-            tick()
-    several = arguments.images_per_label if arguments.images_per_label > 1 else math.ceil(math.sqrt(len(first)))
-    write_file(folder / "grid.png", png(arrange(first, arguments.columns or several)))
