@@ -12,6 +12,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import gpu_tables
@@ -32,16 +33,22 @@ KEPT = {
 }
 
 
-def cpu_section() -> str:
-    path = RESULTS / "cpu_model.md"
+def markdown_section(name: str) -> str:
+    """What a benchmark wrote."""
+    path = RESULTS / f"{name}.md"
     return path.read_text() if path.exists() else MISSING
 
 
-def demo_section() -> str:
-    path = RESULTS / "digits.json"
+def demo_section(name: str, tables: Callable[[dict], str]) -> str:
+    """Of a demo's report, on what it was made and its tables."""
+    path = RESULTS / f"{name}.json"
     if not path.exists():
         return MISSING
     report = json.loads(path.read_text())
+    return demo_conditions(report) + tables(report)
+
+
+def digits_tables(report: dict) -> str:
     macs, rates, accuracy = report["macs"], report["images_per_second"], report["accuracy"]
     distance = report["frechet_distance"]
     rows = [
@@ -62,7 +69,7 @@ def demo_section() -> str:
         "classifier's accuracy",
         "Fréchet distance to the training digits",
     ]
-    return demo_conditions(report) + table(headers, rows)
+    return table(headers, rows)
 
 
 def demo_conditions(report: dict) -> str:
@@ -73,11 +80,7 @@ def demo_conditions(report: dict) -> str:
     )
 
 
-def demo_text_section() -> str:
-    path = RESULTS / "demo_text.json"
-    if not path.exists():
-        return MISSING
-    report = json.loads(path.read_text())
+def text_tables(report: dict) -> str:
     macs, rates, fitting = report["macs"], report["images_per_second"], report["fitting"]
     distance = report["frechet_distance"]
 
@@ -94,14 +97,10 @@ def demo_text_section() -> str:
         row("FlexPixArt, shuffled within each digit", "shuffled_within_digit"),
     ]
     headers = ["", "MACs", "images/s", "digit", "thickness", "tilt", "width", "all properties", "Fréchet distance"]
-    return demo_conditions(report) + table(headers, rows)
+    return table(headers, rows)
 
 
-def demo_video_section() -> str:
-    path = RESULTS / "demo_video.json"
-    if not path.exists():
-        return MISSING
-    report = json.loads(path.read_text())
+def video_tables(report: dict) -> str:
     macs, rates, accuracy = report["macs"], report["clips_per_second"], report["accuracy"]
     rows = [
         [
@@ -116,7 +115,7 @@ def demo_video_section() -> str:
     headers = ["", "MACs per clip and pass", "clips/s", "digit seen, per frame", "motion seen", "both, in every frame"]
     strip, animation = (path.relative_to(README.parent) for path in list(KEPT["demo_video"].values())[1:])
     picture = f"[![Frames of FlexLatte's clips, two digits a row]({strip})]({animation})"
-    return demo_conditions(report) + table(headers, rows) + f"\n{picture} (a click shows them move)"
+    return table(headers, rows) + f"\n{picture} (a click shows them move)"
 
 
 def gpu_section() -> str:
@@ -135,20 +134,15 @@ def engine_section(kind: str) -> str:
     return "\n\n".join(parts) or MISSING
 
 
-def training_section() -> str:
-    path = RESULTS / "training.md"
-    return path.read_text() if path.exists() else MISSING
-
-
 SECTIONS = {
-    "cpu_model": cpu_section,
+    "cpu_model": functools.partial(markdown_section, "cpu_model"),
     "latency": functools.partial(engine_section, "latency"),
     "conditional": functools.partial(engine_section, "conditional"),
     "serving": functools.partial(engine_section, "serving"),
-    "training": training_section,
-    "digits": demo_section,
-    "demo_text": demo_text_section,
-    "demo_video": demo_video_section,
+    "training": functools.partial(markdown_section, "training"),
+    "digits": functools.partial(demo_section, "digits", digits_tables),
+    "demo_text": functools.partial(demo_section, "demo_text", text_tables),
+    "demo_video": functools.partial(demo_section, "demo_video", video_tables),
     "gpu": gpu_section,
 }
 
