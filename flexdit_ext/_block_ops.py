@@ -7,7 +7,6 @@ float32 rows in another order, and a sample's result must not depend on how its 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -203,19 +202,13 @@ block.register_autograd(_block_gradient, setup_context=_save_block)
 # Condition: timestep and label embedding
 
 
+@custom_op("flexdit_ext::timestep_features", mutates_args=())
 def timestep_features(t: Tensor, dtype: torch.dtype, shift: int = 0) -> Tensor:
     """[cos(t w), sin(t w)] [B, 256] with w_i = 10000^(-i / (128 - shift)), in float32 whatever the model's dtype, as
     pretrained DiTs were trained. Source: DiT's TimestepEmbedder, arXiv 2212.09748.
 
-    Computed by the library, so that the module and the sampling engine have the same ones to the bit: torch's float32
-    exp is an ulp off now and then, 6e-5 of an angle. A float64 model, which is there to be held against torch's own
-    numbers in float64 (the released model's fixture: 1e-15), takes torch's."""
-    features = torch_features if dtype == torch.float64 else library_features
-    return features(t.detach(), dtype, shift)  # no gradient of t
-
-
-@custom_op("flexdit_ext::timestep_features", mutates_args=())
-def library_features(t: Tensor, dtype: torch.dtype, shift: int) -> Tensor:
+    Computed by the library, so that the module and the sampling engine have the same ones to the bit on every
+    processor; reference.timestep_frequencies is the definition. There is no derivative: callers detach t."""
     require_device("timestep_features", t=t)
     t = t.double().contiguous()
     features = torch.empty(t.shape[0], TIMESTEP_FEATURES, dtype=dtype, device=t.device)
@@ -223,17 +216,9 @@ def library_features(t: Tensor, dtype: torch.dtype, shift: int) -> Tensor:
     return features
 
 
-@library_features.register_fake
-def _(t, dtype, shift):
+@timestep_features.register_fake
+def _(t, dtype, shift=0):
     return t.new_empty(t.shape[0], TIMESTEP_FEATURES, dtype=dtype)
-
-
-def torch_features(t: Tensor, dtype: torch.dtype, shift: int) -> Tensor:
-    half = TIMESTEP_FEATURES // 2
-    indices = torch.arange(half, dtype=torch.float32, device=t.device)
-    frequencies = torch.exp(-math.log(10000) * indices / (half - shift))
-    angles = t.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1).to(dtype)
 
 
 def _check_values(t: Tensor, y: Tensor, num_timesteps: int, num_labels: int) -> None:

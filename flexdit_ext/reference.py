@@ -193,13 +193,14 @@ def timestep_frequencies(t: Tensor, dim: int = 256, max_period: float = 10000.0,
     """DiT's timestep features [cos | sin] of t / max_period^(i / (dim / 2 - shift)). t [B], int or float -> float32
     [B, dim]. shift is 0 in DiT, 1 in diffusers.
 
-    float32 whatever the model's dtype, as in DiT: checkpoints were trained with these values.
+    float32 whatever the model's dtype, as in DiT: checkpoints were trained with these values. exp, cos and sin are
+    rounded from double: torch's own in float32 differ between processors, and an angle of 1000 shows it.
     """
     half = dim // 2
     indices = torch.arange(half, dtype=torch.float32, device=t.device)
-    frequencies = torch.exp(-math.log(max_period) * indices / (half - shift))
-    angles = t.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
+    exponents = -math.log(max_period) * indices / (half - shift)
+    angles = (t.float()[:, None] * exponents.double().exp().float()).double()
+    return torch.cat([angles.cos(), angles.sin()], dim=1).float()
 
 
 class TimestepEmbedding(nn.Module):

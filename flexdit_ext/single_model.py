@@ -243,7 +243,7 @@ class SingleFlexDiT(nn.Module):
         return c
 
     def _embed_number(self, layer: TimestepEmbedding, number: Tensor) -> Tensor:
-        features = _block_ops.timestep_features(number, layer.fc1.weight.dtype)
+        features = _block_ops.timestep_features(number.detach(), layer.fc1.weight.dtype)
         return layer.fc2(F.silu(layer.fc1(features)))
 
     def _caption(self, caption: Tensor, mask: Tensor | None) -> Caption:

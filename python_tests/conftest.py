@@ -7,7 +7,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import pytest
 import torch
 from devices import DEVICES, use_device
-from helpers import tiny_model
+from helpers import released_features, tiny_model, use_features
 
 
 @pytest.fixture(params=DEVICES)
@@ -29,6 +29,14 @@ def saved(tmp_path):
     model = tiny_model()
     model.save_pretrained(tmp_path / "saved")
     return model, tmp_path / "saved"
+
+
+@pytest.fixture
+def torch_features():
+    """For comparisons with diffusers' and DiT's models: ours with timestep features as they compute them, by torch's
+    float32 functions, which round in the processor's way."""
+    with use_features(released_features):
+        yield
 
 
 @pytest.fixture

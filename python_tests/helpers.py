@@ -1,19 +1,24 @@
 """What the tests share: the fixture of the released model under our names, small configurations."""
 
 import ast
+import contextlib
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
-from flexdit_ext import DensitySchedule, FlexDiT, FlexDiTConfig, reference
+from flexdit_ext import DensitySchedule, FlexDiT, FlexDiTConfig, _block_ops, reference
 from flexdit_ext.convert import released_to_flexdit
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
 _FIXTURE = "sparsedit_tiny.npz"
+_FEATURES = _REPOSITORY / "python_tests" / "data" / "sparsedit_tiny_features.npz"
 
 
 def released_config(arguments: dict) -> tuple[SimpleNamespace, tuple[int, int]]:
@@ -75,6 +80,7 @@ class Fixture:
     x: Tensor
     t: Tensor
     y: Tensor
+    features: Tensor  # of t, float32, as the released model had them
     out: Tensor
     grad_out: Tensor
     grad_x: Tensor
@@ -88,6 +94,12 @@ def fixture_path() -> Path:
 
 
 def load_fixture() -> Fixture:
+    """The run, and the timestep features it was made with. The released model has these from torch's float32 exp, cos
+    and sin, which differ between processors by a rounding (6e-5 of a feature): with others the run cannot be repeated
+    in float64. The fixture lacks them. sparsedit_tiny_features.npz holds released_features(t) under
+    MKL_CBWR=COMPATIBLE, the code that MKL takes on the fixture's machine."""
+    with np.load(_FEATURES, allow_pickle=False) as archive:
+        features = torch.from_numpy(archive["features"])
     with np.load(fixture_path(), allow_pickle=False) as archive:
         arrays = {name: archive[name] for name in archive.files}
     config, sparse_grid = released_config(ast.literal_eval(str(arrays["config"])))
@@ -112,9 +124,37 @@ def load_fixture() -> Fixture:
         config=config,
         sparse_grid=sparse_grid,
         state_dict=state_dict,
+        features=features,
         gradients=tensors("grad/"),
         **{name: tensor(name) for name in ("x", "t", "y", "out", "grad_out", "grad_x")},
     )
+
+
+def released_features(t: Tensor, shift: int = 0) -> Tensor:
+    """Timestep features [B, 256] by torch's float32 functions, as the released model, DiT and diffusers compute them;
+    reference.timestep_frequencies rounds them better."""
+    exponents = -math.log(10000) * torch.arange(128, dtype=torch.float32, device=t.device) / (128 - shift)
+    angles = t[:, None].float() * exponents.exp()
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+@contextlib.contextmanager
+def use_features(compute: Callable[[Tensor, int], Tensor]) -> Iterator[None]:
+    """The module and the reference with the float32 features compute(t, shift) instead of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "timestep_frequencies", lambda t, shift=0: compute(t, shift))
+        patch.setattr(_block_ops, "timestep_features", lambda t, dtype, shift=0: compute(t, shift).to(dtype))
+        yield
+
+
+def stored_features(fixture: Fixture) -> contextlib.AbstractContextManager[None]:
+    """The module and the reference with the features of the fixture's t that its file was made with."""
+
+    def look_up(t: Tensor, shift: int) -> Tensor:
+        assert torch.equal(t, fixture.t) and shift == 0, "the fixture has features of its own t only"
+        return fixture.features
+
+    return use_features(look_up)
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -219,12 +259,6 @@ def reference_of(model: FlexDiT, dtype: torch.dtype = torch.float64) -> referenc
     twin = reference.FlexDiT(model.config).to(dtype).eval()
     twin.load_state_dict(model.state_dict())
     return twin
-
-
-def bound_against_reference(bound: float, name: str) -> float:
-    """For the gradient of the layer that reads timestep features, which the reference has from torch, an ulp off now
-    and then: up to 2.3e-5."""
-    return 3 * bound if name == "timestep_embed.fc1.weight" else bound
 
 
 def model_inputs(

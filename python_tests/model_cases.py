@@ -5,7 +5,6 @@ import copy
 import torch
 from helpers import (
     VARIANTS,
-    bound_against_reference,
     forward_backward,
     model_inputs,
     randn,
@@ -53,5 +52,5 @@ def compare_with_reference(model, x, t, y, grid):
     twin = reference_of(copy.deepcopy(model).cpu())
     expected = tensors_of(forward_backward(twin, x.cpu().double(), t.cpu(), y.cpu(), grids, grad.double()))
     errors = {name: relative_error(actual[name].double(), tensor, least=1e-2) for name, tensor in expected.items()}
-    beyond = {name: error for name, error in errors.items() if error > bound_against_reference(BOUNDS[dtype], name)}
+    beyond = {name: error for name, error in errors.items() if error > BOUNDS[dtype]}
     assert not beyond

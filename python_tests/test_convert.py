@@ -6,7 +6,7 @@ import argparse
 import numpy as np
 import pytest
 import torch
-from helpers import LAYOUT, dit_model, dit_state_dict, fixture_path, load_fixture, same_tensors
+from helpers import LAYOUT, dit_model, dit_state_dict, fixture_path, load_fixture, same_tensors, stored_features
 
 from flexdit_ext import DensitySchedule, FlexDiTConfig, convert
 
@@ -30,7 +30,7 @@ def test_sparsedit_output(released):
     for name in ("input_size", "hidden_size", "num_classes", "num_pooling_blocks", "num_sdtm", "sdtm_blocks", "depth"):
         assert getattr(model.config, name) == getattr(fixture.config, name)
     assert not model.training
-    with torch.no_grad():
+    with torch.no_grad(), stored_features(fixture):
         out = model(fixture.x, fixture.t, fixture.y, fixture.sparse_grid)
     # Worst 1.6e-15 (largest value 1), 2-core development machine.
     torch.testing.assert_close(out, fixture.out, rtol=0, atol=1e-10)
@@ -46,7 +46,8 @@ def test_sparsedit_round_trip(released):
 def test_sparsedit_gradient_names(released):
     fixture = load_fixture()
     model = convert.from_sparsedit(released["param/"], num_heads=2, dtype=torch.float64)
-    model(fixture.x, fixture.t, fixture.y, fixture.sparse_grid).backward(fixture.grad_out)
+    with stored_features(fixture):
+        model(fixture.x, fixture.t, fixture.y, fixture.sparse_grid).backward(fixture.grad_out)
     gradients = convert.to_sparsedit({name: p.grad for name, p in model.named_parameters()}, model.config)
     assert gradients.keys() == released["grad/"].keys()
     for name, expected in released["grad/"].items():

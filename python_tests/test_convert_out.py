@@ -41,6 +41,7 @@ def output(model, inputs):
 
 @pytest.mark.parametrize("shards", [None, "20KB"])
 @pytest.mark.parametrize("overrides", [DIFFUSERS, DIFFUSERS | {"learn_sigma": False, "mlp_norm_eps": 0.01}])
+@pytest.mark.usefixtures("torch_features")
 def test_diffusers_loads_what_is_written(tmp_path, overrides, shards):
     diffusers = pytest.importorskip("diffusers")
     model = dit_model(torch.float32, **overrides)
@@ -49,7 +50,7 @@ def test_diffusers_loads_what_is_written(tmp_path, overrides, shards):
     dit, info = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     inputs = model_inputs(model.config, 3)
-    # Worst 1.4e-6 (largest value 4).
+    # Worst 2.4e-6 (largest value 4).
     torch.testing.assert_close(output(dit.eval(), inputs), output(model, inputs), rtol=0, atol=1e-5)
     assert_same_model(convert.from_diffusers(tmp_path), model)
 
@@ -66,6 +67,7 @@ def test_diffusers_writes_what_is_loaded(tmp_path):
         torch.testing.assert_close(output(model, inputs), output(dit, inputs), rtol=0, atol=1e-5)
 
 
+@pytest.mark.usefixtures("torch_features")
 def test_dit_constants_in_diffusers_are_near():
     """A model with DiT's frequencies cannot be expressed: a warning says so, and the weights are still right."""
     model = dit_model(torch.float32)
@@ -155,6 +157,7 @@ def original_dit():
 
 
 @pytest.mark.parametrize("overrides", [{}, {"learn_sigma": False, "class_dropout_prob": 0.0, "patch_size": 3}])
+@pytest.mark.usefixtures("torch_features")
 def test_original_dit(original_dit, overrides):
     model = dit_model(torch.float32, **overrides)
     c = model.config
@@ -183,6 +186,7 @@ def test_original_dit(original_dit, overrides):
 # ---- other resolutions ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("torch_features")
 def test_resize_to_dits_own_table():
     """256 to 512: what diffusers' model of the larger size computes with the same weights."""
     diffusers = pytest.importorskip("diffusers")
@@ -193,7 +197,7 @@ def test_resize_to_dits_own_table():
     dit = diffusers.DiTTransformer2DModel.from_config(config).eval()
     dit.load_state_dict(tensors)
     inputs = model_inputs(model.config, 2)
-    torch.testing.assert_close(output(model, inputs), output(dit, inputs), rtol=0, atol=5e-5)  # worst 1.4e-5
+    torch.testing.assert_close(output(model, inputs), output(dit, inputs), rtol=0, atol=1e-5)  # worst 1.9e-6
     assert small.config.input_size == 12  # a copy
 
 

@@ -89,6 +89,7 @@ def compare(model, theirs, inputs, their_inputs, latte):
 
 @pytest.mark.parametrize("sizes", [False, True])
 @pytest.mark.parametrize("shape", [(8, 8), (12, 8)])
+@pytest.mark.usefixtures("torch_features")
 def test_pixart_is_diffusers(sizes, shape):
     torch.manual_seed(0)
     theirs = PixArtTransformer2DModel(num_layers=3, sample_size=8, use_additional_conditions=sizes, **COMMON)
@@ -108,6 +109,7 @@ def test_pixart_is_diffusers(sizes, shape):
 
 @pytest.mark.parametrize("frames", [1, 3])
 @pytest.mark.parametrize("text", [False, True])
+@pytest.mark.usefixtures("torch_features")
 def test_latte_is_diffusers(frames, text):
     torch.manual_seed(0)
     theirs = LatteTransformer3DModel(

@@ -16,7 +16,7 @@ from test_sampling import SAMPLE_ERRORS
 from torch import nn
 
 import flexdit_ext
-from flexdit_ext import _C, DensitySchedule, FlexDiT, Sampler, _block_ops, sample
+from flexdit_ext import _C, DensitySchedule, FlexDiT, Sampler, sample
 from flexdit_ext.diffusion import make_sampler
 
 SCHEDULE = DensitySchedule([(4, 4), (3, 3), (2, 2)])
@@ -46,12 +46,6 @@ class ScheduledReference(nn.Module):
         if grid is None and self.config.num_sdtm:
             grid = [self.schedule.grid(step) for step in t.tolist()]
         return self.reference(x, t, y, grid)
-
-
-@pytest.fixture
-def same_features(monkeypatch):
-    """A float64 model, too, with the library's timestep features; see _block_ops.timestep_features."""
-    monkeypatch.setattr(_block_ops, "timestep_features", _block_ops.library_features)
 
 
 # What a run is given besides the model and the labels.
@@ -116,9 +110,7 @@ def error_of(actual, expected) -> float:
 @pytest.mark.parametrize(
     "dtype, name", [(d, name) for d in BOUNDS for name, run in RUNS.items() if kind(run) in BOUNDS[d]]
 )
-def test_same_images_as_python(dtype, name, request):
-    if dtype == torch.float64:
-        request.getfixturevalue("same_features")
+def test_same_images_as_python(dtype, name):
     run = RUNS[name]
     expected = sample(model_of(dtype=dtype), Y, **({"seed": 9} | run))
     actual = sampler_of(dtype=dtype).sample(Y, **({"seed": 9} | run))

@@ -19,7 +19,7 @@ from single_sampling import (
     sampler_of,
 )
 
-from flexdit_ext import DensitySchedule, FlexLatte, Sampler, _block_ops, sample_conditional
+from flexdit_ext import DensitySchedule, FlexLatte, Sampler, sample_conditional
 
 SAMPLERS = ("ddim", "ddpm", "dpmpp", "flow", "heun")
 CLIPS = [name for name in CONFIGS if "clip" in name]
@@ -53,12 +53,6 @@ BOUNDS = {
 }
 
 
-@pytest.fixture
-def same_features(monkeypatch):
-    """A float64 model, too, with the library's timestep features; see _block_ops.timestep_features."""
-    monkeypatch.setattr(_block_ops, "timestep_features", lambda t, dtype: _block_ops.library_features(t, dtype, 0))
-
-
 def check(name, run, dtype, kind="plain", **overrides):
     model = model_of(name, dtype, **overrides)
     actual = actual_of(name, dtype, run, sampler_of(name, dtype, **overrides))
@@ -68,7 +62,6 @@ def check(name, run, dtype, kind="plain", **overrides):
 
 @pytest.mark.parametrize("run", EVERY)
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.usefixtures("same_features")
 def test_same_images_in_float64(name, run):
     check(name, EVERY[run], torch.float64)
 
@@ -248,7 +241,7 @@ def test_adapters_are_merged(name):
                 parameter.copy_(torch.randn_like(parameter) * 0.1)
     run = {"steps": 2, "cfg_scale": 2.0}
     expected = expected_of(name, torch.float64, run, model)
-    assert error_of(actual_of(name, torch.float64, run, Sampler(model)), expected) <= 1e-6  # timestep features
+    assert error_of(actual_of(name, torch.float64, run, Sampler(model)), expected) <= BOUNDS[torch.float64]["plain"]
     assert error_of(actual_of(name, torch.float64, run), expected) > 1e-3
 
 

@@ -14,9 +14,9 @@ import torch
 from devices import CUDA, short
 from helpers import flexdit_config, random_model, reference_of, relative_error
 from hypothesis import strategies as st
-from test_sampler import ScheduledReference, same_features  # noqa: F401, a fixture
+from test_sampler import ScheduledReference
 
-from flexdit_ext import _C, DensitySchedule, FlexDiT, QueueFull, Sampler, _block_ops, reference, sample
+from flexdit_ext import _C, DensitySchedule, FlexDiT, QueueFull, Sampler, reference, sample
 
 SCHEDULE = DensitySchedule([(4, 4), (3, 3), (2, 2)])
 # oneDNN rounds a row in the same way in any company with AVX-512 only.
@@ -196,7 +196,6 @@ def test_thirty_three_compositions_and_back():
 
 @pytest.mark.parametrize("reinject", [False, True])
 @pytest.mark.parametrize("side", [2, 8, 20])
-@pytest.mark.usefixtures("same_features")
 def test_other_sizes_are_a_model_of_that_size(side, reinject):
     """The same weights with that size's position embedding, and the schedule's grids in proportion."""
     small = random_model(torch.float64, num_sdtm=1, schedule=SCHEDULE, reinject_position=reinject)
@@ -216,7 +215,7 @@ def round_half_up(numerator: int, denominator: int) -> int:
 
 
 @pytest.mark.parametrize("size", [(8, 12), (20, 4), (2, 2)])
-def test_oblong_sizes_are_the_references(size, monkeypatch):
+def test_oblong_sizes_are_the_references(size):
     small = random_model(torch.float64, num_sdtm=1, schedule=SCHEDULE, reinject_position=True)
     dense = tuple(side // 2 for side in size)
     config = SimpleNamespace(**{name: getattr(small.config, name) for name in CONFIG_FIELDS} | {
@@ -224,9 +223,6 @@ def test_oblong_sizes_are_the_references(size, monkeypatch):
     twin = reference.FlexDiT(config).double().eval()
     state = {name: tensor for name, tensor in reference_of(small).state_dict().items() if name != "pos_embed"}
     assert twin.load_state_dict(state, strict=False).missing_keys == ["pos_embed"]
-    monkeypatch.setattr(
-        reference, "timestep_frequencies", lambda t, shift: _block_ops.library_features(t, torch.float64, shift)
-    )
     scheduled = ScheduledReference(small)
     scheduled.reference, scheduled.config = twin, config
     scheduled.schedule = DensitySchedule([tuple(round_half_up(s * n, 6) for n in dense) for s in (4, 3, 2)])

@@ -93,10 +93,18 @@ def test_equals_reference(name, backend, device):
             assert relative_error(mine[leaf].grad.cpu().double(), value.grad) <= BOUNDS[dtype], leaf
         theirs = dict(twin.named_parameters())
         for key, a in model.named_parameters():
-            limit = BOUNDS[dtype] * (8 if key.endswith("_embed.fc1.weight") else 1)  # see bound_against_reference
-            assert relative_error(a.grad.cpu().double(), theirs[key].grad) <= limit, key
+            assert relative_error(a.grad.cpu().double(), theirs[key].grad) <= BOUNDS[dtype], key
         with torch.no_grad():
             assert relative_error(model(**to(values, device), grid=grids).cpu().double(), expected) <= BOUNDS[dtype]
+
+
+def test_numbers_have_no_gradient():
+    model, _ = make(PIXART, torch.float32)
+    values = inputs_of(PIXART, dtype=torch.float32)
+    numbers = {name: values[name].float().requires_grad_() for name in ("t", "resolution", "aspect_ratio")}
+    model(**(values | numbers)).sum().backward()
+    assert all(number.grad is None for number in numbers.values())
+    assert model.resolution_embed.fc1.weight.grad is not None
 
 
 @pytest.mark.parametrize("config", [PIXART, CLASS_CLIP], ids=["pixart", "class clip"])
