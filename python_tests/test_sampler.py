@@ -87,7 +87,7 @@ RUNS = STEPS | OPTIONS | GUIDED
 # Elsewhere sums run in another order, and at t = 999 x0 is 157 times what the model says: sample() itself, when its
 # model's inputs move by one unit in the last place, gives other images, up to 2e-6 plain and 1.1e-4 clipped, where the
 # clamp leaves such an x0 alone. In float64 1.3e-15 and 1.3e-13; clamping what bfloat16 rounds gives another image.
-EXACT = _C.build_info()["instruction_set"] == "avx512"
+EXACT = _C.build_info()["instruction_set"] in ("avx512", "amx")
 BOUNDS = {
     torch.float64: {"plain": 1e-9, "clipped": 1e-9},
     torch.float32: {"plain": 0, "clipped": 0} if EXACT else {"plain": 1e-5, "clipped": 3e-4},

@@ -20,7 +20,7 @@ from flexdit_ext import _C, DensitySchedule, FlexDiT, QueueFull, Sampler, refere
 
 SCHEDULE = DensitySchedule([(4, 4), (3, 3), (2, 2)])
 # oneDNN rounds a row in the same way in any company with AVX-512 only.
-COMPANY = 0.0 if _C.build_info()["instruction_set"] == "avx512" else 1e-4
+COMPANY = 0.0 if _C.build_info()["instruction_set"] in ("avx512", "amx") else 1e-4
 
 
 @functools.cache

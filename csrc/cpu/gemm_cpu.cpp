@@ -1,24 +1,29 @@
-// Linear layers in float32 and bfloat16 through oneDNN's matmul.
-// Creating a primitive compiles code (about 1 ms), so they are cached, and long or ragged numbers of rows are cut
+// Linear layers in float32 and bfloat16: on the tiles of gemm_amx.cpp where the processor has them, else by oneDNN.
+// Creating a primitive of oneDNN's compiles code (about 1 ms), so they are cached, and long or ragged numbers of rows are cut
 // into pieces of few different sizes. With AVX-512 and contiguous operands oneDNN sums over k in an order that depends
 // neither on the number of rows nor on the threads, as long as k stays under its limit for splitting it over threads;
 // python_tests check that. Its AVX2 code for float32 keeps no such order: there rows may differ in the last bits.
 #include <omp.h>
 
+#include <cstdlib>
+#include <memory>
 #include <mutex>
+#include <new>
 #include <oneapi/dnnl/dnnl.hpp>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/product.h"
 
 namespace flexdit {
 
 // The weight [N, K] as the right operand [K, N] of x weight^T.
 class PackedWeight {
  public:
-  dnnl::memory memory;
+  dnnl::memory memory;  // as oneDNN likes it, or
+  std::unique_ptr<char, decltype(&std::free)> tiles{nullptr, std::free};
 };
 void PackedWeightDeleter::operator()(const PackedWeight* weight) const { delete weight; }
 
@@ -32,8 +37,17 @@ constexpr size_t kCacheCapacity = 4096;
 
 using dnnl::memory;
 
+// Without oneDNN's products on tiles, whose sums depend on the number of rows; those of gemm_amx.cpp do not.
+dnnl_cpu_isa_t onednn_isa() {
+  static const dnnl_cpu_isa_t isa = [] {
+    dnnl_set_max_cpu_isa(dnnl_cpu_isa_avx512_core_bf16);  // refused once oneDNN has compiled something for others
+    return dnnl_get_effective_cpu_isa();
+  }();
+  return isa;
+}
+
 const dnnl::engine& engine() {
-  static const dnnl::engine cpu(dnnl::engine::kind::cpu, 0);
+  static const dnnl::engine cpu = (onednn_isa(), dnnl::engine(dnnl::engine::kind::cpu, 0));
   return cpu;
 }
 
@@ -41,27 +55,11 @@ memory::data_type onednn_type(DType dtype) {
   return dtype == DType::bfloat16 ? memory::data_type::bf16 : memory::data_type::f32;
 }
 
-// An operand of c (+)= a b + bias: a matrix, perhaps read transposed.
-struct Operand {
-  Matrix matrix;
-  bool transposed = false;
-
-  int64_t rows() const { return transposed ? matrix.cols : matrix.rows; }
-  int64_t cols() const { return transposed ? matrix.rows : matrix.cols; }
-  memory::desc descriptor() const {
-    const auto strides = transposed ? memory::dims{1, matrix.stride} : memory::dims{matrix.stride, 1};
-    return {{rows(), cols()}, onednn_type(matrix.dtype), strides};
-  }
-};
-
-struct Product {
-  Operand a, b, c;
-  Matrix bias = {};
-  bool gelu = false, accumulate = false;
-  const PackedWeight* packed = nullptr;  // b once more
-
-  memory::desc b_descriptor() const { return packed ? packed->memory.get_desc() : b.descriptor(); }
-};
+memory::desc descriptor(const Operand& o) {
+  const int64_t stride = o.matrix.stride;
+  return {{o.rows(), o.cols()}, onednn_type(o.matrix.dtype), o.transposed ? memory::dims{1, stride} : memory::dims{stride, 1}};
+}
+memory::desc b_descriptor(const Product& p) { return p.packed ? p.packed->memory.get_desc() : descriptor(p.b); }
 
 struct Key {
   int64_t m, n, k, lda, ldb, ldc;
@@ -90,7 +88,7 @@ dnnl::matmul create(const Product& p) {
   if (p.gelu) post.append_eltwise(dnnl::algorithm::eltwise_gelu_tanh, 0, 0);
   dnnl::primitive_attr attributes;
   attributes.set_post_ops(post);
-  const auto a = p.a.descriptor(), b = p.b_descriptor(), c = p.c.descriptor();
+  const auto a = descriptor(p.a), b = b_descriptor(p), c = descriptor(p.c);
   if (!p.bias) return dnnl::matmul({engine(), a, b, c, attributes});
   const memory::desc bias({1, p.bias.cols}, onednn_type(p.bias.dtype), memory::format_tag::ab);
   return dnnl::matmul({engine(), a, b, bias, c, attributes});
@@ -112,8 +110,9 @@ dnnl::matmul cached(const Product& p, int threads) {
 
 void multiply(const Product& p, int threads) {
   if (p.c.rows() == 0 || p.c.cols() == 0) return;
+  if (has_amx()) return amx::multiply(p, p.packed ? p.packed->tiles.get() : nullptr, threads);
   dnnl::stream stream(engine());
-  const auto view = [](const Operand& o) { return memory(o.descriptor(), engine(), o.matrix.data); };
+  const auto view = [](const Operand& o) { return memory(descriptor(o), engine(), o.matrix.data); };
   std::unordered_map<int, memory> arguments{
       {DNNL_ARG_SRC, view(p.a)},
       {DNNL_ARG_WEIGHTS, p.packed ? p.packed->memory : view(p.b)},
@@ -134,9 +133,11 @@ class OpenMPThreads {
   int before_;
 };
 
-// Calls body(first, count) for pieces of `rows`: whole pieces, a multiple of kRowMultiple, and what is left.
+// Calls body(first, count) for pieces of `rows`: whole pieces, a multiple of kRowMultiple, and what is left. Only oneDNN
+// needs them.
 template <class Body>
 void for_pieces(int64_t rows, int64_t piece, Body&& body) {
+  if (has_amx()) return body(int64_t{0}, rows);
   int64_t first = 0;
   for (; first + piece <= rows; first += piece) body(first, piece);
   const int64_t even = first > 0 || rows > piece / 2 ? (rows - first) / kRowMultiple * kRowMultiple : 0;
@@ -146,8 +147,7 @@ void for_pieces(int64_t rows, int64_t piece, Body&& body) {
 
 // Without the instructions oneDNN has no bfloat16 product (AVX2) or one whose sums depend on the threads (AVX-512).
 bool has_bfloat16_products() {
-  static const bool has = dnnl_get_effective_cpu_isa() >= dnnl_cpu_isa_avx512_core_bf16;
-  return has;
+  return has_amx() || onednn_isa() >= dnnl_cpu_isa_avx512_core_bf16;
 }
 
 // A float32 copy of a bfloat16 matrix (or room for one), given back when asked.
@@ -235,15 +235,24 @@ void linear_backward(const LinearBackward& p, int threads) {
 PackedWeightPointer pack_weight(const Matrix& weight, int threads) {
   constexpr int64_t kTypicalRows = 256;
   if (weight.dtype == DType::bfloat16 && !has_bfloat16_products()) return nullptr;
-  const OpenMPThreads scope(threads);
   const Operand b{weight, true};
+  if (has_amx()) {
+    constexpr size_t kPage = 4096;
+    auto packed = std::unique_ptr<PackedWeight, PackedWeightDeleter>(new PackedWeight);
+    const size_t bytes = (static_cast<size_t>(amx::packed_bytes(b)) + kPage - 1) / kPage * kPage;
+    packed->tiles.reset(static_cast<char*>(std::aligned_alloc(kPage, bytes)));
+    if (!packed->tiles) throw std::bad_alloc();
+    amx::pack(b, packed->tiles.get(), threads);
+    return packed;
+  }
+  const OpenMPThreads scope(threads);
   const auto type = onednn_type(weight.dtype);
   const memory::desc a({kTypicalRows, b.rows()}, type, memory::format_tag::ab),
       c({kTypicalRows, b.cols()}, type, memory::format_tag::ab),
       any({b.rows(), b.cols()}, type, memory::format_tag::any);
   const dnnl::matmul::primitive_desc best(engine(), a, any, c);
-  auto packed = PackedWeightPointer(new PackedWeight{memory(best.weights_desc(), engine())});
-  memory from(b.descriptor(), engine(), weight.data), to = packed->memory;
+  auto packed = PackedWeightPointer(new PackedWeight{.memory = memory(best.weights_desc(), engine())});
+  memory from(descriptor(b), engine(), weight.data), to = packed->memory;
   dnnl::stream stream(engine());
   dnnl::reorder(from, to).execute(stream, from, to);
   stream.wait();

@@ -56,11 +56,13 @@ struct Kernels {
 // The kernels for the best instruction set that this machine has.
 const Kernels& kernels();
 const char* instruction_set();
+// Whether products of bfloat16 and float32 run on tile registers (gemm_amx.cpp).
+bool has_amx();
 
-// oneDNN; defined in gemm_cpu.cpp.
+// Defined in gemm_cpu.cpp.
 void linear(const Linear& p, int threads);
 void linear_backward(const LinearBackward& p, int threads);
-PackedWeightPointer pack_weight(const Matrix& weight, int threads);  // null where oneDNN has no such product
+PackedWeightPointer pack_weight(const Matrix& weight, int threads);  // null where there is no such product
 const char* onednn_version();
 
 namespace FLEXDIT_ISA {

@@ -3,6 +3,11 @@
 #include <cstring>
 
 #include "cpu/kernels.h"
+#ifdef FLEXDIT_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace flexdit::cpu {
 
@@ -20,16 +25,34 @@ namespace {
 struct Choice {
   const char* name;
   const Kernels* table;
+  bool amx = false;
 };
+
+// Tiles of bfloat16, which Linux gives to a process that asks for them.
+bool may_use_tiles() {
+#ifdef FLEXDIT_AMX
+  constexpr unsigned kBfloat16 = 1u << 22, kTiles = 1u << 24;  // in edx of leaf 7, 0
+  constexpr unsigned kAvx512Bfloat16 = 1u << 5;                // in eax of leaf 7, 1
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBfloat16 | kTiles)) != (kBfloat16 | kTiles)) return false;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & kAvx512Bfloat16)) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 Choice choose() {
 #if defined(__x86_64__)
   const char* wanted = std::getenv("FLEXDIT_ISA");
   const auto allowed = [&](const char* name) { return !wanted || std::strcmp(wanted, name) == 0; };
   __builtin_cpu_init();
-  if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return {"avx512", &avx512::kernel_table};
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
+    if (allowed("amx") && may_use_tiles()) return {"amx", &avx512::kernel_table, true};
+    if (allowed("avx512")) return {"avx512", &avx512::kernel_table};
+  }
   if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     return {"avx2", &avx2::kernel_table};
 #endif
@@ -45,5 +68,6 @@ const Choice& choice() {
 
 const Kernels& kernels() { return *choice().table; }
 const char* instruction_set() { return choice().name; }
+bool has_amx() { return choice().amx; }
 
 }  // namespace flexdit::cpu

@@ -1,0 +1,192 @@
+// Matrices as Intel's tile registers (AMX) read them, and the product of two blocks of them. A tile has 16 rows of 16
+// pairs of bfloat16; a product adds 16 x 16 sums over 32 values of k in float32.
+//
+// float32 goes through the same tiles in three planes, x = high + middle + low, each the nearest bfloat16 to what is
+// left: 24 bits in all. Six products of planes make one; those left out, of middle and low with low, are under 2^-25 of
+// it, less than float32's own rounding. A sum over k runs in order whatever the shapes: results do not depend on them.
+#pragma once
+
+#include <immintrin.h>
+
+#include "cpu/isa.h"
+
+namespace flexdit::cpu::FLEXDIT_ISA {
+
+constexpr int64_t kTileRows = 16;  // rows of a, or columns of b, in a tile
+constexpr int64_t kTileDepth = 32;  // values of k
+constexpr int64_t kTileBytes = 1024;
+
+template <class T>
+constexpr int64_t kPlanes = sizeof(T) == 4 ? 3 : 1;
+// A panel: 16 rows of a, or columns of b, over all k; the planes of a step lie side by side.
+template <class T>
+constexpr int64_t kStepBytes = kPlanes<T>* kTileBytes;
+
+constexpr int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+// Lines (rows of a, columns of b) of values of k: value k of line j is data[j * stride + k] along k, else
+// data[k * stride + j].
+struct Lines {
+  const void* data;
+  int64_t stride, count, depth;
+  bool along_k;
+};
+
+inline __mmask16 first_lanes(int64_t n) {
+  return static_cast<__mmask16>(n >= 16 ? 0xffff : n <= 0 ? 0 : (1 << n) - 1);
+}
+
+inline __m512 widen(__m256i half) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+// Two halves of 16 values -> 32 bfloat16 in each plane.
+inline void load_planes(const bfloat16* first, __mmask16 first_mask, const bfloat16* second, __mmask16 second_mask,
+                        __m512i* planes) {
+  const __m256i low = _mm256_maskz_loadu_epi16(first_mask, first), high = _mm256_maskz_loadu_epi16(second_mask, second);
+  planes[0] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+
+inline __m512 remainder(__m512 x, __m256i rounded) {
+  constexpr int kInfinities = 0x18;  // they leave nothing over: inf - inf would be NaN
+  const __m512 nearest = widen(rounded);
+  return _mm512_maskz_sub_ps(static_cast<__mmask16>(~_mm512_fpclass_ps_mask(nearest, kInfinities)), x, nearest);
+}
+
+inline void load_planes(const float* first, __mmask16 first_mask, const float* second, __mmask16 second_mask,
+                        __m512i* planes) {
+  __m512 low = _mm512_maskz_loadu_ps(first_mask, first), high = _mm512_maskz_loadu_ps(second_mask, second);
+#pragma GCC unroll 3
+  for (int plane = 0; plane < 3; ++plane) {
+    planes[plane] = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    low = remainder(low, _mm512_castsi512_si256(planes[plane]));
+    high = remainder(high, _mm512_extracti64x4_epi64(planes[plane], 1));
+  }
+}
+
+// v[i] dword j <-> v[j] dword i.
+inline void transpose(__m512i (&v)[16]) {
+  __m512i t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512i a = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88), b = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88),
+                  c = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd), d = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
+    t[i] = _mm512_shuffle_i32x4(a, b, 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(c, d, 0x88);
+    t[i + 8] = _mm512_shuffle_i32x4(a, b, 0xdd);
+    t[i + 12] = _mm512_shuffle_i32x4(c, d, 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) v[i] = t[i];
+}
+
+// The tiles of lines [line, line + 16) and values [k, k + 32): a tile's rows are lines for a, pairs of k for b.
+template <class T>
+inline void pack_tiles(const Lines& from, int64_t line, int64_t k, bool rows_are_lines, char* tiles) {
+  const int64_t lines = from.count - line, depth = from.depth - k;
+  __m512i planes[kPlanes<T>][16];
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < 16; ++i) {
+    __m512i v[kPlanes<T>];
+    if (from.along_k) {
+      const T* values = static_cast<const T*>(from.data) + (line + i) * from.stride + k;
+      const int64_t given = i < lines ? depth : 0;
+      load_planes(values, first_lanes(given), values + 16, first_lanes(given - 16), v);
+    } else {
+      const T* values = static_cast<const T*>(from.data) + (k + 2 * i) * from.stride + line;
+      load_planes(values, first_lanes(2 * i < depth ? lines : 0), values + from.stride,
+                  first_lanes(2 * i + 1 < depth ? lines : 0), v);
+      const __m512i interleaved =
+          _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
+                           3, 18, 2, 17, 1, 16, 0);
+      for (__m512i& plane : v) plane = _mm512_permutexvar_epi16(interleaved, plane);
+    }
+    for (int64_t plane = 0; plane < kPlanes<T>; ++plane) planes[plane][i] = v[plane];
+  }
+  for (int64_t plane = 0; plane < kPlanes<T>; ++plane) {
+    if (from.along_k != rows_are_lines) transpose(planes[plane]);
+    for (int64_t i = 0; i < 16; ++i) _mm512_store_si512(tiles + plane * kTileBytes + i * 64, planes[plane][i]);
+  }
+}
+
+// The intrinsics of tiles do not tell the compiler that they read and write memory.
+inline void memory_barrier() { asm volatile("" ::: "memory"); }
+
+// Tile registers 0 to 3 hold sums, 4 and 5 tiles of a, 6 and 7 of b; all of 16 rows of 64 bytes. For a scope, since
+// others in the process may use the registers otherwise.
+class TileRegisters {
+ public:
+  TileRegisters() {
+    alignas(64) uint8_t configuration[64] = {1};  // palette; then 16-bit widths from byte 16, heights from byte 48
+    for (int i = 0; i < 8; ++i) configuration[16 + 2 * i] = 64, configuration[48 + i] = 16;
+    memory_barrier();
+    _tile_loadconfig(configuration);
+  }
+  ~TileRegisters() { _tile_release(); }
+};
+
+// sums (+)= a b for up to two panels of a and two of b: 4 tiles of 16 x 16 floats, at [2 * panel of a + panel of b].
+// Panels that are not there repeat the ones that are; TWO_A and TWO_B spare their work.
+template <class T, bool TWO_A, bool TWO_B>
+inline void multiply_panels(const char* a0, const char* a1, const char* b0, const char* b1, int64_t steps, float* sums,
+                            bool accumulate) {
+  constexpr int64_t kFloats = 256;
+  memory_barrier();
+  if (accumulate) {
+    _tile_loadd(0, sums, 64);
+    if (TWO_B) _tile_loadd(1, sums + kFloats, 64);
+    if (TWO_A) _tile_loadd(2, sums + 2 * kFloats, 64);
+    if (TWO_A && TWO_B) _tile_loadd(3, sums + 3 * kFloats, 64);
+  } else {
+    _tile_zero(0);
+    if (TWO_B) _tile_zero(1);
+    if (TWO_A) _tile_zero(2);
+    if (TWO_A && TWO_B) _tile_zero(3);
+  }
+  const auto load_a = [&](int64_t offset) {
+    _tile_loadd(4, a0 + offset, 64);
+    if (TWO_A) _tile_loadd(5, a1 + offset, 64);
+  };
+  const auto load_b = [&](int64_t offset) {
+    _tile_loadd(6, b0 + offset, 64);
+    if (TWO_B) _tile_loadd(7, b1 + offset, 64);
+  };
+  const auto multiply = [] {
+    _tile_dpbf16ps(0, 4, 6);
+    if (TWO_B) _tile_dpbf16ps(1, 4, 7);
+    if (TWO_A) _tile_dpbf16ps(2, 5, 6);
+    if (TWO_A && TWO_B) _tile_dpbf16ps(3, 5, 7);
+  };
+  for (int64_t offset = 0; offset < steps * kStepBytes<T>; offset += kStepBytes<T>) {
+    if constexpr (kPlanes<T> == 1) {
+      load_a(offset), load_b(offset), multiply();
+    } else {  // in the order that loads the fewest tiles
+      constexpr int64_t kMiddle = kTileBytes, kLow = 2 * kTileBytes;
+      load_a(offset + kLow), load_b(offset), multiply();
+      load_a(offset), multiply();
+      load_b(offset + kLow), multiply();
+      load_b(offset + kMiddle), multiply();
+      load_a(offset + kMiddle), multiply();
+      load_b(offset), multiply();
+    }
+  }
+  _tile_stored(0, sums, 64);
+  if (TWO_B) _tile_stored(1, sums + kFloats, 64);
+  if (TWO_A) _tile_stored(2, sums + 2 * kFloats, 64);
+  if (TWO_A && TWO_B) _tile_stored(3, sums + 3 * kFloats, 64);
+  memory_barrier();
+}
+
+}  // namespace flexdit::cpu::FLEXDIT_ISA
