@@ -2,6 +2,7 @@
 // A task is one head of one sequence (forward: and a stretch of its queries), so no two threads write the same row.
 #include <algorithm>
 
+#include "cpu/attention_rows.h"
 #include "cpu/kernels.h"
 #include "cpu/scratch.h"
 #include "cpu/tile_gemm.h"
@@ -12,48 +13,6 @@ namespace {
 constexpr int64_t kQueryBlock = 48;
 constexpr int64_t kKeyBlock = 256;
 constexpr int64_t kQueryStretch = 240;  // queries of a forward task
-
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Packed rows that attend to one another: a sample's, or those of one position in its frames.
-struct Rows {
-  int64_t begin, count, step = 1;
-  int64_t operator[](int64_t i) const { return begin + i * step; }
-};
-
-// One head of them: columns [column, column + d) of a matrix.
-template <class T>
-struct Head {
-  const Matrix& matrix;
-  Rows rows;
-  int64_t column;
-  T* operator[](int64_t i) const { return row<T>(matrix, rows[i]) + column; }
-};
-
-// How many of them a sample has, and which.
-int64_t sequences(const Attention& p, int64_t b) {
-  const Grid& grid = p.layout_q.grid(b);
-  return p.across_frames ? int64_t{grid.height} * grid.width : 1;
-}
-Rows sequence(const TokenLayout& layout, bool across_frames, int64_t b, int64_t i) {
-  const int64_t begin = layout.offset(b);
-  if (!across_frames) return {begin, layout.grid(b).tokens()};
-  const Grid& grid = layout.grid(b);
-  return {begin + i, grid.frames, int64_t{grid.height} * grid.width};
-}
-
-// Calls body(sample, sequence, head, share) for every head of all of them, and each share of its work.
-template <class Body>
-void for_heads(const Attention& p, int threads, int64_t shares, const Body& body) {
-  int64_t most = 0;
-  for (int64_t b = 0; b < p.layout_q.batch; ++b) most = std::max(most, sequences(p, b));
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (int64_t task = 0; task < p.layout_q.batch * most * p.num_heads * shares; ++task) {
-    const int64_t share = task % shares, h = task / shares % p.num_heads, i = task / (shares * p.num_heads) % most,
-                  b = task / (shares * p.num_heads * most);
-    if (i < sequences(p, b)) body(b, i, h, share);
-  }
-}
 
 // out[i][c] = factor * head[first + i][c], rows of ld values, the padding behind column d set to zero.
 template <class T, class A = Acc<T>>
@@ -248,15 +207,8 @@ void backward_task(const AttentionBackward& p, const Head<T>& q, const Head<T>& 
 void attention(const Attention& p, int threads) {
   with_type(p.q.dtype, [&](auto tag) {
     using T = decltype(tag);
-    const int64_t d = p.q.cols / p.num_heads;
-    int64_t stretches = 1;
-    for (int64_t b = 0; b < p.layout_q.batch; ++b)
-      stretches = std::max(stretches, (sequence(p.layout_q, p.across_frames, b, 0).count - 1) / kQueryStretch + 1);
-    for_heads(p, threads, stretches, [&](int64_t b, int64_t i, int64_t h, int64_t stretch) {
-      const Rows q = sequence(p.layout_q, p.across_frames, b, i), k = sequence(p.layout_k, p.across_frames, b, i);
-      const int64_t first = stretch * kQueryStretch, last = smaller(first + kQueryStretch, q.count);
-      if (first < last)
-        forward_task<T>(p, {p.q, q, h * d}, {p.k, k, h * d}, {p.v, k, h * d}, d, first, last, h);
+    for_stretches<T>(p, threads, kQueryStretch, [&](const Head<T>& q, const Head<T>& k, const Head<T>& v, auto... rest) {
+      forward_task<T>(p, q, k, v, rest...);
     });
   });
 }

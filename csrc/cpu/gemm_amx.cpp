@@ -16,9 +16,6 @@ constexpr int64_t kMostRows = 512;          // of a piece
 constexpr int64_t kPieceBytes = 2 << 20;    // of a piece's packed rows, for the second cache
 constexpr int64_t kChunkBytes = 72 << 10;   // of two panels' chunk, for the first and the second
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
 Lines lines_of_a(const Operand& a) { return {a.matrix.data, a.matrix.stride, a.rows(), a.cols(), !a.transposed}; }
 Lines lines_of_b(const Operand& b) { return {b.matrix.data, b.matrix.stride, b.cols(), b.rows(), b.transposed}; }
 
@@ -26,13 +23,6 @@ template <class T>
 void pack_panel(const Lines& from, int64_t panel, int64_t first_step, int64_t steps, bool rows_are_lines, char* out) {
   for (int64_t s = 0; s < steps; ++s)
     pack_tiles<T>(from, panel * kTileRows, (first_step + s) * kTileDepth, rows_are_lines, out + s * kStepBytes<T>);
-}
-
-inline __m512 load16(const float* p, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, p); }
-inline __m512 load16(const bfloat16* p, __mmask16 mask) { return widen(_mm256_maskz_loadu_epi16(mask, p)); }
-inline void store16(float* p, __mmask16 mask, __m512 v) { _mm512_mask_storeu_ps(p, mask, v); }
-inline void store16(bfloat16* p, __mmask16 mask, __m512 v) {
-  _mm256_mask_storeu_epi16(p, mask, (__m256i)_mm512_cvtneps_pbh(v));
 }
 
 inline __m512 gelu(__m512 v) {

@@ -80,6 +80,9 @@ inline A gelu_derivative(A x, A gate) {
   return gate + x * gate * (1 - gate) * A(1.5957691216057308) * (1 + A(3 * 0.044715) * x * x);
 }
 
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
 template <class T>
 inline T* row(const Matrix& m, int64_t i) {
   return static_cast<T*>(m.data) + i * m.stride;

@@ -19,6 +19,11 @@ namespace avx2 {
 extern const Kernels kernel_table;
 }
 #endif
+#ifdef FLEXDIT_AMX
+namespace amx {
+void attention(const Attention& p, int threads);  // bfloat16 and float32
+}
+#endif
 
 namespace {
 
@@ -28,9 +33,22 @@ struct Choice {
   bool amx = false;
 };
 
+#ifdef FLEXDIT_AMX
+void attention_on_tiles(const Attention& p, int threads) {
+  (p.q.dtype == DType::float64 ? avx512::kernel_table.attention : amx::attention)(p, threads);
+}
+
+const Kernels& kernels_with_tiles() {
+  static const Kernels table = [] {
+    Kernels kernels = avx512::kernel_table;
+    kernels.attention = attention_on_tiles;
+    return kernels;
+  }();
+  return table;
+}
+
 // Tiles of bfloat16, which Linux gives to a process that asks for them.
 bool may_use_tiles() {
-#ifdef FLEXDIT_AMX
   constexpr unsigned kBfloat16 = 1u << 22, kTiles = 1u << 24;  // in edx of leaf 7, 0
   constexpr unsigned kAvx512Bfloat16 = 1u << 5;                // in eax of leaf 7, 1
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
@@ -38,10 +56,8 @@ bool may_use_tiles() {
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBfloat16 | kTiles)) != (kBfloat16 | kTiles)) return false;
   if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & kAvx512Bfloat16)) return false;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
 }
+#endif
 
 Choice choose() {
 #if defined(__x86_64__)
@@ -50,7 +66,9 @@ Choice choose() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    if (allowed("amx") && may_use_tiles()) return {"amx", &avx512::kernel_table, true};
+#ifdef FLEXDIT_AMX
+    if (allowed("amx") && may_use_tiles()) return {"amx", &kernels_with_tiles(), true};
+#endif
     if (allowed("avx512")) return {"avx512", &avx512::kernel_table};
   }
   if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))

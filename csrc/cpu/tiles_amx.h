@@ -40,9 +40,15 @@ inline __m512 widen(__m256i half) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-// Two halves of 16 values -> 32 bfloat16 in each plane.
+inline __m512 load16(const float* p, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, p); }
+inline __m512 load16(const bfloat16* p, __mmask16 mask) { return widen(_mm256_maskz_loadu_epi16(mask, p)); }
+inline void store16(float* p, __mmask16 mask, __m512 v) { _mm512_mask_storeu_ps(p, mask, v); }
+inline void store16(bfloat16* p, __mmask16 mask, __m512 v) {
+  _mm256_mask_storeu_epi16(p, mask, (__m256i)_mm512_cvtneps_pbh(v));
+}
+
 inline void load_planes(const bfloat16* first, __mmask16 first_mask, const bfloat16* second, __mmask16 second_mask,
-                        __m512i* planes) {
+                        __m512i (&planes)[1]) {
   const __m256i low = _mm256_maskz_loadu_epi16(first_mask, first), high = _mm256_maskz_loadu_epi16(second_mask, second);
   planes[0] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
@@ -53,15 +59,20 @@ inline __m512 remainder(__m512 x, __m256i rounded) {
   return _mm512_maskz_sub_ps(static_cast<__mmask16>(~_mm512_fpclass_ps_mask(nearest, kInfinities)), x, nearest);
 }
 
-inline void load_planes(const float* first, __mmask16 first_mask, const float* second, __mmask16 second_mask,
-                        __m512i* planes) {
-  __m512 low = _mm512_maskz_loadu_ps(first_mask, first), high = _mm512_maskz_loadu_ps(second_mask, second);
+// Two halves of 16 values -> N planes of 32 bfloat16; fewer than 3 leave out the rest.
+template <int64_t N>
+inline void split(__m512 low, __m512 high, __m512i (&planes)[N]) {
 #pragma GCC unroll 3
-  for (int plane = 0; plane < 3; ++plane) {
+  for (int64_t plane = 0; plane < N; ++plane) {
     planes[plane] = (__m512i)_mm512_cvtne2ps_pbh(high, low);
     low = remainder(low, _mm512_castsi512_si256(planes[plane]));
     high = remainder(high, _mm512_extracti64x4_epi64(planes[plane], 1));
   }
+}
+
+inline void load_planes(const float* first, __mmask16 first_mask, const float* second, __mmask16 second_mask,
+                        __m512i (&planes)[3]) {
+  split(_mm512_maskz_loadu_ps(first_mask, first), _mm512_maskz_loadu_ps(second_mask, second), planes);
 }
 
 // v[i] dword j <-> v[j] dword i.
