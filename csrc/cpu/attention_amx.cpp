@@ -1,6 +1,7 @@
-// Attention's forward on Intel's tile registers (AMX); see tiles_amx.h. As attention_cpu.cpp it runs an online softmax
-// over blocks of keys, 32 queries at a time. Scores stay in tiles: a row of 16 is one vector, and two of them become one
-// row of the tile of probabilities that multiplies v.
+// Attention's forward in bfloat16 on Intel's tile registers (AMX); see tiles_amx.h. As attention_cpu.cpp it runs an
+// online softmax over blocks of keys, 32 queries at a time. Scores stay in tiles: a row of 16 is one vector, and two of
+// them become one row of the tile of probabilities that multiplies v.
+// float32 would be a fifth faster than AVX-512, and lose two bits of its scores to the many small sums of planes.
 #include "cpu/kernels.h"
 
 #ifdef __AMX_BF16__
@@ -15,7 +16,7 @@ constexpr int64_t kQueries = 2 * kTileRows;  // of a block: two panels
 constexpr int64_t kKeys = 256;               // of a block
 constexpr int64_t kStretch = 256;            // queries of a task
 constexpr int64_t kSums = kQueries * kTileDepth;
-constexpr float kNone = -1e30f;              // an exponent before the first key
+constexpr float kNone = -1e30f;  // an exponent before the first key
 constexpr float kLogOfTwo = 0.69314718f;
 
 // 2^x for x <= 0, to about 1e-7 relative: x = n + r, the series of e^(r ln 2).
@@ -30,27 +31,26 @@ inline __m512 power_of_two(__m512 x) {
 }
 
 // Rows of a head in memory, as lines along their columns or across.
-template <class T>
-Lines lines(const Head<T>& head, int64_t first, int64_t count, int64_t d, bool along_k) {
+Lines lines(const Head<bfloat16>& head, int64_t first, int64_t count, int64_t d, bool along_k) {
   const int64_t stride = head.matrix.stride * head.rows.step;
   return {head[first], stride, along_k ? count : d, along_k ? d : count, along_k};
 }
 
-template <class T>
 void pack(const Lines& from, bool rows_are_lines, int64_t panels, int64_t steps, char* out) {
   for (int64_t panel = 0; panel < panels; ++panel)
     for (int64_t step = 0; step < steps; ++step)
-      pack_tiles<T>(from, panel * kTileRows, step * kTileDepth, rows_are_lines,
-                    out + (panel * steps + step) * kStepBytes<T>);
+      pack_tiles<bfloat16>(from, panel * kTileRows, step * kTileDepth, rows_are_lines,
+                           out + (panel * steps + step) * kTileBytes);
 }
 
-// a's and b's panels of `steps` steps: sums (+)= a b, 32 columns after 32.
-template <class T>
-void multiply(const char* a, bool two_a, const char* b, int64_t columns, int64_t steps, float* sums, bool accumulate) {
-  const int64_t panel = steps * kStepBytes<T>;
-  for (int64_t j = 0; j < columns; ++j)
-    (two_a ? multiply_panels<T, true, true> : multiply_panels<T, false, true>)(
-        a, a + panel, b + 2 * j * panel, b + (2 * j + 1) * panel, steps, sums + j * kSums, accumulate);
+// Up to 32 rows of a by pairs of b's panels, all of `steps` steps: sums (+)= a b, 32 columns after 32.
+void multiply(const char* a, int64_t rows, const char* b, int64_t pairs, int64_t steps, float* sums, bool accumulate) {
+  const int64_t panel = steps * kTileBytes;
+  for (int64_t j = 0; j < pairs; ++j)
+    (rows > kTileRows ? multiply_panels<bfloat16, true, true>
+                      : multiply_panels<bfloat16, false, true>)(a, a + panel, b + 2 * j * panel,
+                                                                b + (2 * j + 1) * panel, steps, sums + j * kSums,
+                                                                accumulate);
 }
 
 // What the online softmax keeps of each query, and the factor that makes scores exponents of two.
@@ -67,8 +67,7 @@ struct ScoreRow {
   template <bool ALL>
   void read(int64_t step, __m512 scale, __m512 shift, __m512* half) const {
     for (int64_t side = 0; side < 2; ++side) {
-      const __m512 exponents =
-          _mm512_fmsub_ps(scale, _mm512_load_ps(scores + step * kSums + side * kSums / 4), shift);
+      const __m512 exponents = _mm512_fmsub_ps(scale, _mm512_load_ps(scores + step * kSums + side * kSums / 4), shift);
       const __mmask16 mask = ALL ? 0xffff : first_lanes(keys - step * kTileDepth - side * kTileRows);
       half[side] = ALL ? exponents : _mm512_mask_blend_ps(mask, _mm512_set1_ps(kNone), exponents);
     }
@@ -76,7 +75,6 @@ struct ScoreRow {
 };
 
 // Scores of 32-column pairs -> unnormalised probabilities, packed as the left operand. `rescale`: of earlier sums.
-template <class T>
 void softmax_rows(const float* scores, int64_t rows, int64_t keys, const Softmax& state, char* probabilities,
                   float* rescale) {
   const int64_t steps = pieces(keys, kTileDepth), whole = keys / kTileDepth;
@@ -90,14 +88,11 @@ void softmax_rows(const float* scores, int64_t rows, int64_t keys, const Softmax
     const float here = _mm512_reduce_max_ps(most), maximum = here > state.maximum[i] ? here : state.maximum[i];
     const __m512 shift = _mm512_set1_ps(maximum);
     __m512 total = _mm512_setzero_ps();
-    char* out = probabilities + i / kTileRows * steps * kStepBytes<T> + i % kTileRows * 64;
+    char* out = probabilities + i / kTileRows * steps * kTileBytes + i % kTileRows * 64;
     const auto put = [&](int64_t step) {
       const __m512 low = power_of_two(half[0]), high = power_of_two(half[1]);
       total = _mm512_add_ps(total, _mm512_add_ps(low, high));
-      __m512i planes[kPlanes<T>];
-      split(low, high, planes);
-      for (int64_t plane = 0; plane < kPlanes<T>; ++plane)
-        _mm512_store_si512(out + step * kStepBytes<T> + plane * kTileBytes, planes[plane]);
+      _mm512_store_si512(out + step * kTileBytes, (__m512i)_mm512_cvtne2ps_pbh(high, low));
     };
     for (int64_t step = 0; step < whole; ++step) row.read<true>(step, scale, shift, half), put(step);
     if (whole < steps) row.read<false>(whole, scale, shift, half), put(whole);
@@ -107,65 +102,69 @@ void softmax_rows(const float* scores, int64_t rows, int64_t keys, const Softmax
   }
 }
 
-template <class T>
-void forward_task(const Attention& p, const Head<T>& q, const Head<T>& k, const Head<T>& v, int64_t d, int64_t first,
-                  int64_t last, int64_t head_index) {
-  const int64_t queries = last - first, blocks = pieces(queries, kQueries), depth = pieces(d, kTileDepth);
-  const int64_t most_keys = smaller(k.rows.count, kKeys), most_pairs = pieces(most_keys, kTileDepth);
-  const int64_t panel = depth * kStepBytes<T>;  // of queries or keys
+// A block's sums of out, after a maximum has grown.
+void rescale_rows(const float* factors, int64_t rows, int64_t tile_pairs, float* sums) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t tile = 0; tile < 2 * tile_pairs; ++tile) {
+      float* row =
+          sums + tile / 2 * kSums + i / kTileRows * kSums / 2 + tile % 2 * kSums / 4 + i % kTileRows * kTileRows;
+      _mm512_store_ps(row, _mm512_mul_ps(_mm512_set1_ps(factors[i]), _mm512_load_ps(row)));
+    }
+}
+
+struct Task {
+  const Head<bfloat16>&q, &k, &v;
+  int64_t d, first, last, head;  // columns of the head, queries, number of the head
+};
+
+void forward_task(const Attention& p, const Task& t) {
+  const int64_t queries = t.last - t.first, blocks = pieces(queries, kQueries), depth = pieces(t.d, kTileDepth);
+  const int64_t most_pairs = pieces(smaller(t.k.rows.count, kKeys), kTileDepth), panel = depth * kTileBytes;
   Scratch& scratch = thread_scratch();
-  scratch.reset<char>(2 * (blocks + most_pairs) * panel + (2 * depth + 2) * most_pairs * kStepBytes<T> +
-                          (most_pairs + blocks * depth) * kSums * 4 + (2 * queries + kQueries) * 4, 9);
+  scratch.reset<char>((2 * (blocks + most_pairs) * depth + (2 * depth + 2) * most_pairs) * kTileBytes +
+                          ((most_pairs + blocks * depth) * kSums + 2 * queries + kQueries) * 4,
+                      9);
   char *qb = scratch.take<char>(2 * blocks * panel), *kb = scratch.take<char>(2 * most_pairs * panel),
-       *vb = scratch.take<char>(2 * depth * most_pairs * kStepBytes<T>),
-       *probabilities = scratch.take<char>(2 * most_pairs * kStepBytes<T>);
-  float *scores = scratch.take<float>(most_pairs * kSums), *o = scratch.take<float>(blocks * depth * kSums),
-        *maximum = scratch.take<float>(queries), *sum = scratch.take<float>(queries),
+       *vb = scratch.take<char>(2 * most_pairs * panel), *chances = scratch.take<char>(2 * most_pairs * kTileBytes);
+  float *scores = scratch.take<float>(most_pairs * kSums), *sums = scratch.take<float>(blocks * depth * kSums),
+        *maximum = scratch.take<float>(queries), *total = scratch.take<float>(queries),
         *rescale = scratch.take<float>(kQueries);
-  const float scale = 1 / std::sqrt(float(d)) / kLogOfTwo;
+  const float scale = 1 / (std::sqrt(float(t.d)) * kLogOfTwo);
   const TileRegisters registers;
-  pack<T>(lines(q, first, queries, d, true), true, 2 * blocks, depth, qb);
-  for (int64_t i = 0; i < queries; ++i) maximum[i] = kNone, sum[i] = 0;
-  for (int64_t j0 = 0; j0 < k.rows.count; j0 += kKeys) {
-    const int64_t keys = smaller(kKeys, k.rows.count - j0), pairs = pieces(keys, kTileDepth);
-    pack<T>(lines(k, j0, keys, d, true), false, 2 * pairs, depth, kb);
-    pack<T>(lines(v, j0, keys, d, false), false, 2 * depth, pairs, vb);
+  pack(lines(t.q, t.first, queries, t.d, true), true, 2 * blocks, depth, qb);
+  for (int64_t i = 0; i < queries; ++i) maximum[i] = kNone, total[i] = 0;
+  for (int64_t j0 = 0; j0 < t.k.rows.count; j0 += kKeys) {
+    const int64_t keys = smaller(kKeys, t.k.rows.count - j0), pairs = pieces(keys, kTileDepth);
+    pack(lines(t.k, j0, keys, t.d, true), false, 2 * pairs, depth, kb);
+    pack(lines(t.v, j0, keys, t.d, false), false, 2 * depth, pairs, vb);
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t i0 = block * kQueries, rows = smaller(kQueries, queries - i0);
-      const bool two = rows > kTileRows;
-      multiply<T>(qb + 2 * block * panel, two, kb, pairs, depth, scores, false);
-      softmax_rows<T>(scores, rows, keys, {maximum + i0, sum + i0, scale}, probabilities, rescale);
-      float* out = o + block * depth * kSums;
-      if (j0 > 0)
-        for (int64_t j = 0; j < depth * kSums / kTileRows; ++j) {
-          const int64_t i = j % kTileRows + j / (2 * kTileRows) % 2 * kTileRows;
-          if (i < rows)
-            for (int64_t c = 0; c < kTileRows; ++c) out[j * kTileRows + c] *= rescale[i];
-        }
-      multiply<T>(probabilities, two, vb, depth, pairs, out, j0 > 0);
+      float* block_sums = sums + block * depth * kSums;
+      multiply(qb + 2 * block * panel, rows, kb, pairs, depth, scores, false);
+      softmax_rows(scores, rows, keys, {maximum + i0, total + i0, scale}, chances, rescale);
+      if (j0 > 0) rescale_rows(rescale, rows, depth, block_sums);
+      multiply(chances, rows, vb, depth, pairs, block_sums, j0 > 0);
     }
   }
   for (int64_t i = 0; i < queries; ++i) {
-    T* out = row<T>(p.out, q.rows[first + i]) + q.column;
-    const __m512 inverse = _mm512_set1_ps(1 / sum[i]);
-    const float* from = o + i / kQueries * depth * kSums + i % kQueries / kTileRows * kSums / 2 + i % kTileRows * kTileRows;
-    for (int64_t c = 0; c < d; c += kTileRows)
-      store16(out + c, first_lanes(d - c),
+    bfloat16* out = row<bfloat16>(p.out, t.q.rows[t.first + i]) + t.q.column;
+    const __m512 inverse = _mm512_set1_ps(1 / total[i]);
+    const float* from =
+        sums + i / kQueries * depth * kSums + i % kQueries / kTileRows * kSums / 2 + i % kTileRows * kTileRows;
+    for (int64_t c = 0; c < t.d; c += kTileRows)
+      store16(out + c, first_lanes(t.d - c),
               _mm512_mul_ps(inverse, _mm512_load_ps(from + c / kTileDepth * kSums + c / kTileRows % 2 * kSums / 4)));
-    if (p.lse) row<float>(p.lse, q.rows[first + i])[head_index] = maximum[i] * kLogOfTwo + std::log(sum[i]);
+    if (p.lse) row<float>(p.lse, t.q.rows[t.first + i])[t.head] = maximum[i] * kLogOfTwo + std::log(total[i]);
   }
 }
 
 }  // namespace
 
 void attention(const Attention& p, int threads) {
-  const auto run = [&](auto tag) {
-    using T = decltype(tag);
-    for_stretches<T>(p, threads, kStretch, [&](const Head<T>& q, const Head<T>& k, const Head<T>& v, auto... rest) {
-      forward_task<T>(p, q, k, v, rest...);
-    });
-  };
-  p.q.dtype == DType::bfloat16 ? run(bfloat16{}) : run(float{});
+  for_stretches<bfloat16>(p, threads, kStretch,
+                          [&](const Head<bfloat16>& q, const Head<bfloat16>& k, const Head<bfloat16>& v, auto... rest) {
+                            forward_task(p, {q, k, v, rest...});
+                          });
 }
 
 }  // namespace flexdit::cpu::FLEXDIT_ISA

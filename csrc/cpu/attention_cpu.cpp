@@ -128,7 +128,8 @@ void backward_task(const AttentionBackward& p, const Head<T>& q, const Head<T>& 
   A *kt = scratch.take<A>(d * ld), *vt = scratch.take<A>(d * ld), *kb = scratch.take<A>(keys * dp),
     *dk = scratch.take<A>(keys * dp), *dv = scratch.take<A>(keys * dp), *qb = scratch.take<A>(kQueryBlock * dp),
     *dob = scratch.take<A>(kQueryBlock * dp), *s = scratch.take<A>(kQueryBlock * ld),
-    *ds = scratch.take<A>(kQueryBlock * ld), *dq = scratch.take<A>(q.rows.count * dp), *delta = scratch.take<A>(q.rows.count);
+    *ds = scratch.take<A>(kQueryBlock * ld), *dq = scratch.take<A>(q.rows.count * dp),
+    *delta = scratch.take<A>(q.rows.count);
   for (int64_t i = 0; i < q.rows.count * dp; ++i) dq[i] = 0;
   for (int64_t i = 0; i < q.rows.count; ++i) {
     A dot = 0;
@@ -207,9 +208,10 @@ void backward_task(const AttentionBackward& p, const Head<T>& q, const Head<T>& 
 void attention(const Attention& p, int threads) {
   with_type(p.q.dtype, [&](auto tag) {
     using T = decltype(tag);
-    for_stretches<T>(p, threads, kQueryStretch, [&](const Head<T>& q, const Head<T>& k, const Head<T>& v, auto... rest) {
-      forward_task<T>(p, q, k, v, rest...);
-    });
+    for_stretches<T>(p, threads, kQueryStretch,
+                     [&](const Head<T>& q, const Head<T>& k, const Head<T>& v, auto... rest) {
+                       forward_task<T>(p, q, k, v, rest...);
+                     });
   });
 }
 

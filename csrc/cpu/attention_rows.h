@@ -56,8 +56,7 @@ void for_stretches(const Attention& p, int threads, int64_t stretch, const Body&
   for_heads(p, threads, stretches, [&](int64_t b, int64_t i, int64_t h, int64_t share) {
     const Rows q = sequence(p.layout_q, p.across_frames, b, i), k = sequence(p.layout_k, p.across_frames, b, i);
     const int64_t first = share * stretch, last = smaller(first + stretch, q.count);
-    if (first < last)
-      body(Head<T>{p.q, q, h * d}, Head<T>{p.k, k, h * d}, Head<T>{p.v, k, h * d}, d, first, last, h);
+    if (first < last) body(Head<T>{p.q, q, h * d}, Head<T>{p.k, k, h * d}, Head<T>{p.v, k, h * d}, d, first, last, h);
   });
 }
 

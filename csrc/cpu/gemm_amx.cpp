@@ -119,8 +119,9 @@ class Plan {
                                     : (two_b ? multiply_panels<T, false, true> : multiply_panels<T, false, false>);
         multiply(a0, a0 + panel_bytes(), b0, b1, count, block_sums, step > 0);
         if (step + count >= steps_)
-          (p_.c.matrix.dtype == DType::float32 ? store_block<float, T> : store_block<bfloat16, T>)(
-              p_, first + block * kBlock, column, block_sums);
+          (p_.c.matrix.dtype == DType::float32
+               ? store_block<float, T>
+               : store_block<bfloat16, T>)(p_, first + block * kBlock, column, block_sums);
       }
       step += count;
     } while (step < steps_);

@@ -1,8 +1,9 @@
 // Linear layers in float32 and bfloat16: on the tiles of gemm_amx.cpp where the processor has them, else by oneDNN.
-// Creating a primitive of oneDNN's compiles code (about 1 ms), so they are cached, and long or ragged numbers of rows are cut
-// into pieces of few different sizes. With AVX-512 and contiguous operands oneDNN sums over k in an order that depends
-// neither on the number of rows nor on the threads, as long as k stays under its limit for splitting it over threads;
-// python_tests check that. Its AVX2 code for float32 keeps no such order: there rows may differ in the last bits.
+// Creating a primitive of oneDNN's compiles code (about 1 ms), so they are cached, and long or ragged numbers of rows
+// are cut into pieces of few different sizes. With AVX-512 and contiguous operands oneDNN sums over k in an order that
+// depends neither on the number of rows nor on the threads, as long as k stays under its limit for splitting it over
+// threads; python_tests check that. Its AVX2 code for float32 keeps no such order: there rows may differ in the last
+// bits.
 #include <omp.h>
 
 #include <cstdlib>
@@ -57,7 +58,9 @@ memory::data_type onednn_type(DType dtype) {
 
 memory::desc descriptor(const Operand& o) {
   const int64_t stride = o.matrix.stride;
-  return {{o.rows(), o.cols()}, onednn_type(o.matrix.dtype), o.transposed ? memory::dims{1, stride} : memory::dims{stride, 1}};
+  return {{o.rows(), o.cols()},
+          onednn_type(o.matrix.dtype),
+          o.transposed ? memory::dims{1, stride} : memory::dims{stride, 1}};
 }
 memory::desc b_descriptor(const Product& p) { return p.packed ? p.packed->memory.get_desc() : descriptor(p.b); }
 
@@ -113,10 +116,9 @@ void multiply(const Product& p, int threads) {
   if (has_amx()) return amx::multiply(p, p.packed ? p.packed->tiles.get() : nullptr, threads);
   dnnl::stream stream(engine());
   const auto view = [](const Operand& o) { return memory(descriptor(o), engine(), o.matrix.data); };
-  std::unordered_map<int, memory> arguments{
-      {DNNL_ARG_SRC, view(p.a)},
-      {DNNL_ARG_WEIGHTS, p.packed ? p.packed->memory : view(p.b)},
-      {DNNL_ARG_DST, view(p.c)}};
+  std::unordered_map<int, memory> arguments{{DNNL_ARG_SRC, view(p.a)},
+                                            {DNNL_ARG_WEIGHTS, p.packed ? p.packed->memory : view(p.b)},
+                                            {DNNL_ARG_DST, view(p.c)}};
   if (p.bias)
     arguments.emplace(DNNL_ARG_BIAS, memory({{1, p.bias.cols}, onednn_type(p.bias.dtype), memory::format_tag::ab},
                                             engine(), p.bias.data));
@@ -133,8 +135,8 @@ class OpenMPThreads {
   int before_;
 };
 
-// Calls body(first, count) for pieces of `rows`: whole pieces, a multiple of kRowMultiple, and what is left. Only oneDNN
-// needs them.
+// Calls body(first, count) for pieces of `rows`: whole pieces, a multiple of kRowMultiple, and what is left. Only
+// oneDNN needs them.
 template <class Body>
 void for_pieces(int64_t rows, int64_t piece, Body&& body) {
   if (has_amx()) return body(int64_t{0}, rows);
@@ -146,9 +148,7 @@ void for_pieces(int64_t rows, int64_t piece, Body&& body) {
 }
 
 // Without the instructions oneDNN has no bfloat16 product (AVX2) or one whose sums depend on the threads (AVX-512).
-bool has_bfloat16_products() {
-  return has_amx() || onednn_isa() >= dnnl_cpu_isa_avx512_core_bf16;
-}
+bool has_bfloat16_products() { return has_amx() || onednn_isa() >= dnnl_cpu_isa_avx512_core_bf16; }
 
 // A float32 copy of a bfloat16 matrix (or room for one), given back when asked.
 class Widened {

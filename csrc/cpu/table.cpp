@@ -21,7 +21,7 @@ extern const Kernels kernel_table;
 #endif
 #ifdef FLEXDIT_AMX
 namespace amx {
-void attention(const Attention& p, int threads);  // bfloat16 and float32
+void attention(const Attention& p, int threads);  // in bfloat16
 }
 #endif
 
@@ -35,7 +35,7 @@ struct Choice {
 
 #ifdef FLEXDIT_AMX
 void attention_on_tiles(const Attention& p, int threads) {
-  (p.q.dtype == DType::float64 ? avx512::kernel_table.attention : amx::attention)(p, threads);
+  (p.q.dtype == DType::bfloat16 ? amx::attention : avx512::kernel_table.attention)(p, threads);
 }
 
 const Kernels& kernels_with_tiles() {

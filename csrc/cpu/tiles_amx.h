@@ -12,7 +12,7 @@
 
 namespace flexdit::cpu::FLEXDIT_ISA {
 
-constexpr int64_t kTileRows = 16;  // rows of a, or columns of b, in a tile
+constexpr int64_t kTileRows = 16;   // rows of a, or columns of b, in a tile
 constexpr int64_t kTileDepth = 32;  // values of k
 constexpr int64_t kTileBytes = 1024;
 
@@ -32,13 +32,9 @@ struct Lines {
   bool along_k;
 };
 
-inline __mmask16 first_lanes(int64_t n) {
-  return static_cast<__mmask16>(n >= 16 ? 0xffff : n <= 0 ? 0 : (1 << n) - 1);
-}
+inline __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : n <= 0 ? 0 : (1 << n) - 1); }
 
-inline __m512 widen(__m256i half) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
+inline __m512 widen(__m256i half) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)); }
 
 inline __m512 load16(const float* p, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, p); }
 inline __m512 load16(const bfloat16* p, __mmask16 mask) { return widen(_mm256_maskz_loadu_epi16(mask, p)); }
@@ -47,6 +43,7 @@ inline void store16(bfloat16* p, __mmask16 mask, __m512 v) {
   _mm256_mask_storeu_epi16(p, mask, (__m256i)_mm512_cvtneps_pbh(v));
 }
 
+// Two halves of 16 values -> 32 bfloat16 in each plane.
 inline void load_planes(const bfloat16* first, __mmask16 first_mask, const bfloat16* second, __mmask16 second_mask,
                         __m512i (&planes)[1]) {
   const __m256i low = _mm256_maskz_loadu_epi16(first_mask, first), high = _mm256_maskz_loadu_epi16(second_mask, second);
@@ -59,20 +56,15 @@ inline __m512 remainder(__m512 x, __m256i rounded) {
   return _mm512_maskz_sub_ps(static_cast<__mmask16>(~_mm512_fpclass_ps_mask(nearest, kInfinities)), x, nearest);
 }
 
-// Two halves of 16 values -> N planes of 32 bfloat16; fewer than 3 leave out the rest.
-template <int64_t N>
-inline void split(__m512 low, __m512 high, __m512i (&planes)[N]) {
-#pragma GCC unroll 3
-  for (int64_t plane = 0; plane < N; ++plane) {
-    planes[plane] = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-    low = remainder(low, _mm512_castsi512_si256(planes[plane]));
-    high = remainder(high, _mm512_extracti64x4_epi64(planes[plane], 1));
-  }
-}
-
 inline void load_planes(const float* first, __mmask16 first_mask, const float* second, __mmask16 second_mask,
                         __m512i (&planes)[3]) {
-  split(_mm512_maskz_loadu_ps(first_mask, first), _mm512_maskz_loadu_ps(second_mask, second), planes);
+  __m512 low = _mm512_maskz_loadu_ps(first_mask, first), high = _mm512_maskz_loadu_ps(second_mask, second);
+#pragma GCC unroll 3
+  for (__m512i& plane : planes) {
+    plane = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    low = remainder(low, _mm512_castsi512_si256(plane));
+    high = remainder(high, _mm512_extracti64x4_epi64(plane, 1));
+  }
 }
 
 // v[i] dword j <-> v[j] dword i.
@@ -119,9 +111,8 @@ inline void pack_tiles(const Lines& from, int64_t line, int64_t k, bool rows_are
       const T* values = static_cast<const T*>(from.data) + (k + 2 * i) * from.stride + line;
       load_planes(values, first_lanes(2 * i < depth ? lines : 0), values + from.stride,
                   first_lanes(2 * i + 1 < depth ? lines : 0), v);
-      const __m512i interleaved =
-          _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
-                           3, 18, 2, 17, 1, 16, 0);
+      const __m512i interleaved = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
+                                                   22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
       for (__m512i& plane : v) plane = _mm512_permutexvar_epi16(interleaved, plane);
     }
     for (int64_t plane = 0; plane < kPlanes<T>; ++plane) planes[plane][i] = v[plane];
