@@ -12,10 +12,9 @@
 namespace flexdit::cpu::FLEXDIT_ISA {
 namespace {
 
-constexpr int64_t kQueries = 2 * kTileRows;  // of a block: two panels
-constexpr int64_t kKeys = 256;               // of a block
-constexpr int64_t kStretch = 256;            // queries of a task
-constexpr int64_t kSums = kQueries * kTileDepth;
+constexpr int64_t kKeys = 256;     // of a block
+constexpr int64_t kStretch = 256;  // queries of a task
+constexpr int64_t kStep = kStepBytes<bfloat16>;
 constexpr float kNone = -1e30f;  // an exponent before the first key
 constexpr float kLogOfTwo = 0.69314718f;
 
@@ -36,21 +35,17 @@ Lines lines(const Head<bfloat16>& head, int64_t first, int64_t count, int64_t d,
   return {head[first], stride, along_k ? count : d, along_k ? d : count, along_k};
 }
 
-void pack(const Lines& from, bool rows_are_lines, int64_t panels, int64_t steps, char* out) {
-  for (int64_t panel = 0; panel < panels; ++panel)
-    for (int64_t step = 0; step < steps; ++step)
-      pack_tiles<bfloat16>(from, panel * kTileRows, step * kTileDepth, rows_are_lines,
-                           out + (panel * steps + step) * kTileBytes);
+void pack(const Lines& from, bool rows_are_lines, int64_t pairs, int64_t steps, char* out) {
+  for (int64_t pair = 0; pair < pairs; ++pair)
+    pack_pair<bfloat16>(from, pair, 0, steps, rows_are_lines, out + pair * steps * kStep);
 }
 
-// Up to 32 rows of a by pairs of b's panels, all of `steps` steps: sums (+)= a b, 32 columns after 32.
+// Up to 32 rows of a by pairs of b's columns, all of `steps` steps: sums (+)= a b, pair after pair.
 void multiply(const char* a, int64_t rows, const char* b, int64_t pairs, int64_t steps, float* sums, bool accumulate) {
-  const int64_t panel = steps * kTileBytes;
   for (int64_t j = 0; j < pairs; ++j)
-    (rows > kTileRows ? multiply_panels<bfloat16, true, true>
-                      : multiply_panels<bfloat16, false, true>)(a, a + panel, b + 2 * j * panel,
-                                                                b + (2 * j + 1) * panel, steps, sums + j * kSums,
-                                                                accumulate);
+    (rows > kTileLines ? multiply_pairs<bfloat16, true> : multiply_pairs<bfloat16, false>)(a, b + j * steps * kStep,
+                                                                                           steps, sums + j * kSums,
+                                                                                           accumulate, {});
 }
 
 // What the online softmax keeps of each query, and the factor that makes scores exponents of two.
@@ -68,7 +63,7 @@ struct ScoreRow {
   void read(int64_t step, __m512 scale, __m512 shift, __m512* half) const {
     for (int64_t side = 0; side < 2; ++side) {
       const __m512 exponents = _mm512_fmsub_ps(scale, _mm512_load_ps(scores + step * kSums + side * kSums / 4), shift);
-      const __mmask16 mask = ALL ? 0xffff : first_lanes(keys - step * kTileDepth - side * kTileRows);
+      const __mmask16 mask = ALL ? 0xffff : first_lanes(keys - step * kTileDepth - side * kTileLines);
       half[side] = ALL ? exponents : _mm512_mask_blend_ps(mask, _mm512_set1_ps(kNone), exponents);
     }
   }
@@ -80,7 +75,7 @@ void softmax_rows(const float* scores, int64_t rows, int64_t keys, const Softmax
   const int64_t steps = pieces(keys, kTileDepth), whole = keys / kTileDepth;
   const __m512 scale = _mm512_set1_ps(state.scale);
   for (int64_t i = 0; i < rows; ++i) {
-    const ScoreRow row{scores + i / kTileRows * kSums / 2 + i % kTileRows * kTileRows, keys};
+    const ScoreRow row{scores + row_of_sums(i), keys};
     __m512 most = _mm512_set1_ps(kNone), half[2];
     const auto raise = [&] { most = _mm512_max_ps(most, _mm512_max_ps(half[0], half[1])); };
     for (int64_t step = 0; step < whole; ++step) row.read<true>(step, scale, _mm512_setzero_ps(), half), raise();
@@ -88,11 +83,11 @@ void softmax_rows(const float* scores, int64_t rows, int64_t keys, const Softmax
     const float here = _mm512_reduce_max_ps(most), maximum = here > state.maximum[i] ? here : state.maximum[i];
     const __m512 shift = _mm512_set1_ps(maximum);
     __m512 total = _mm512_setzero_ps();
-    char* out = probabilities + i / kTileRows * steps * kTileBytes + i % kTileRows * 64;
+    char* out = probabilities + i / kTileLines * kTileBytes + i % kTileLines * 64;
     const auto put = [&](int64_t step) {
       const __m512 low = power_of_two(half[0]), high = power_of_two(half[1]);
       total = _mm512_add_ps(total, _mm512_add_ps(low, high));
-      _mm512_store_si512(out + step * kTileBytes, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+      _mm512_store_si512(out + step * kStep, (__m512i)_mm512_cvtne2ps_pbh(high, low));
     };
     for (int64_t step = 0; step < whole; ++step) row.read<true>(step, scale, shift, half), put(step);
     if (whole < steps) row.read<false>(whole, scale, shift, half), put(whole);
@@ -106,8 +101,7 @@ void softmax_rows(const float* scores, int64_t rows, int64_t keys, const Softmax
 void rescale_rows(const float* factors, int64_t rows, int64_t tile_pairs, float* sums) {
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t tile = 0; tile < 2 * tile_pairs; ++tile) {
-      float* row =
-          sums + tile / 2 * kSums + i / kTileRows * kSums / 2 + tile % 2 * kSums / 4 + i % kTileRows * kTileRows;
+      float* row = sums + tile / 2 * kSums + tile % 2 * kSums / 4 + row_of_sums(i);
       _mm512_store_ps(row, _mm512_mul_ps(_mm512_set1_ps(factors[i]), _mm512_load_ps(row)));
     }
 }
@@ -118,29 +112,29 @@ struct Task {
 };
 
 void forward_task(const Attention& p, const Task& t) {
-  const int64_t queries = t.last - t.first, blocks = pieces(queries, kQueries), depth = pieces(t.d, kTileDepth);
-  const int64_t most_pairs = pieces(smaller(t.k.rows.count, kKeys), kTileDepth), panel = depth * kTileBytes;
+  const int64_t queries = t.last - t.first, blocks = pieces(queries, kPairLines), depth = pieces(t.d, kTileDepth);
+  const int64_t most_pairs = pieces(smaller(t.k.rows.count, kKeys), kPairLines), pair = depth * kStep;
   Scratch& scratch = thread_scratch();
-  scratch.reset<char>((2 * (blocks + most_pairs) * depth + (2 * depth + 2) * most_pairs) * kTileBytes +
-                          ((most_pairs + blocks * depth) * kSums + 2 * queries + kQueries) * 4,
+  scratch.reset<char>((blocks + 2 * most_pairs) * pair + most_pairs * kStep +
+                          ((most_pairs + blocks * depth) * kSums + 2 * queries + kPairLines) * 4,
                       9);
-  char *qb = scratch.take<char>(2 * blocks * panel), *kb = scratch.take<char>(2 * most_pairs * panel),
-       *vb = scratch.take<char>(2 * most_pairs * panel), *chances = scratch.take<char>(2 * most_pairs * kTileBytes);
+  char *qb = scratch.take<char>(blocks * pair), *kb = scratch.take<char>(most_pairs * pair),
+       *vb = scratch.take<char>(most_pairs * pair), *chances = scratch.take<char>(most_pairs * kStep);
   float *scores = scratch.take<float>(most_pairs * kSums), *sums = scratch.take<float>(blocks * depth * kSums),
         *maximum = scratch.take<float>(queries), *total = scratch.take<float>(queries),
-        *rescale = scratch.take<float>(kQueries);
+        *rescale = scratch.take<float>(kPairLines);
   const float scale = 1 / (std::sqrt(float(t.d)) * kLogOfTwo);
   const TileRegisters registers;
-  pack(lines(t.q, t.first, queries, t.d, true), true, 2 * blocks, depth, qb);
+  pack(lines(t.q, t.first, queries, t.d, true), true, blocks, depth, qb);
   for (int64_t i = 0; i < queries; ++i) maximum[i] = kNone, total[i] = 0;
   for (int64_t j0 = 0; j0 < t.k.rows.count; j0 += kKeys) {
-    const int64_t keys = smaller(kKeys, t.k.rows.count - j0), pairs = pieces(keys, kTileDepth);
-    pack(lines(t.k, j0, keys, t.d, true), false, 2 * pairs, depth, kb);
-    pack(lines(t.v, j0, keys, t.d, false), false, 2 * depth, pairs, vb);
+    const int64_t keys = smaller(kKeys, t.k.rows.count - j0), pairs = pieces(keys, kPairLines);
+    pack(lines(t.k, j0, keys, t.d, true), false, pairs, depth, kb);
+    pack(lines(t.v, j0, keys, t.d, false), false, depth, pairs, vb);
     for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t i0 = block * kQueries, rows = smaller(kQueries, queries - i0);
+      const int64_t i0 = block * kPairLines, rows = smaller(kPairLines, queries - i0);
       float* block_sums = sums + block * depth * kSums;
-      multiply(qb + 2 * block * panel, rows, kb, pairs, depth, scores, false);
+      multiply(qb + block * pair, rows, kb, pairs, depth, scores, false);
       softmax_rows(scores, rows, keys, {maximum + i0, total + i0, scale}, chances, rescale);
       if (j0 > 0) rescale_rows(rescale, rows, depth, block_sums);
       multiply(chances, rows, vb, depth, pairs, block_sums, j0 > 0);
@@ -149,11 +143,10 @@ void forward_task(const Attention& p, const Task& t) {
   for (int64_t i = 0; i < queries; ++i) {
     bfloat16* out = row<bfloat16>(p.out, t.q.rows[t.first + i]) + t.q.column;
     const __m512 inverse = _mm512_set1_ps(1 / total[i]);
-    const float* from =
-        sums + i / kQueries * depth * kSums + i % kQueries / kTileRows * kSums / 2 + i % kTileRows * kTileRows;
-    for (int64_t c = 0; c < t.d; c += kTileRows)
+    const float* from = sums + i / kPairLines * depth * kSums + row_of_sums(i % kPairLines);
+    for (int64_t c = 0; c < t.d; c += kTileLines)
       store16(out + c, first_lanes(t.d - c),
-              _mm512_mul_ps(inverse, _mm512_load_ps(from + c / kTileDepth * kSums + c / kTileRows % 2 * kSums / 4)));
+              _mm512_mul_ps(inverse, _mm512_load_ps(from + c / kPairLines * kSums + c / kTileLines % 2 * kSums / 4)));
     if (p.lse) row<float>(p.lse, t.q.rows[t.first + i])[t.head] = maximum[i] * kLogOfTwo + std::log(total[i]);
   }
 }

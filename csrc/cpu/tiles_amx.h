@@ -12,15 +12,16 @@
 
 namespace flexdit::cpu::FLEXDIT_ISA {
 
-constexpr int64_t kTileRows = 16;   // rows of a, or columns of b, in a tile
+constexpr int64_t kTileLines = 16;  // rows of a, or columns of b, in a tile
 constexpr int64_t kTileDepth = 32;  // values of k
 constexpr int64_t kTileBytes = 1024;
 
 template <class T>
 constexpr int64_t kPlanes = sizeof(T) == 4 ? 3 : 1;
-// A panel: 16 rows of a, or columns of b, over all k; the planes of a step lie side by side.
+// Tiles come in pairs, 32 rows of a or columns of b, over all k: a step has the planes of the one and of the other.
+constexpr int64_t kPairLines = 2 * kTileLines;
 template <class T>
-constexpr int64_t kStepBytes = kPlanes<T>* kTileBytes;
+constexpr int64_t kStepBytes = 2 * kPlanes<T>* kTileBytes;
 
 constexpr int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
@@ -123,6 +124,16 @@ inline void pack_tiles(const Lines& from, int64_t line, int64_t k, bool rows_are
   }
 }
 
+// The pair of lines [32 pair, 32 pair + 32) and `steps` steps of k.
+template <class T>
+inline void pack_pair(const Lines& from, int64_t pair, int64_t first_step, int64_t steps, bool rows_are_lines,
+                      char* out) {
+  for (int64_t s = 0; s < steps; ++s)
+    for (int64_t side = 0; side < 2; ++side)
+      pack_tiles<T>(from, pair * kPairLines + side * kTileLines, (first_step + s) * kTileDepth, rows_are_lines,
+                    out + s * kStepBytes<T> + side * kPlanes<T> * kTileBytes);
+}
+
 // The intrinsics of tiles do not tell the compiler that they read and write memory.
 inline void memory_barrier() { asm volatile("" ::: "memory"); }
 
@@ -139,39 +150,49 @@ class TileRegisters {
   ~TileRegisters() { _tile_release(); }
 };
 
-// sums (+)= a b for up to two panels of a and two of b: 4 tiles of 16 x 16 floats, at [2 * panel of a + panel of b].
-// Panels that are not there repeat the ones that are; TWO_A and TWO_B spare their work.
-template <class T, bool TWO_A, bool TWO_B>
-inline void multiply_panels(const char* a0, const char* a1, const char* b0, const char* b1, int64_t steps, float* sums,
-                            bool accumulate) {
-  constexpr int64_t kFloats = 256;
+constexpr int64_t kSums = kPairLines * kPairLines;
+// Where row i of a pair has its first 16 sums; the other 16 are kSums / 4 behind.
+constexpr int64_t row_of_sums(int64_t i) { return i / kTileLines * kSums / 2 + i % kTileLines * kTileLines; }
+
+// Cache lines that will be read next, `lines` in every step; fetched between products they cost nothing.
+struct Ahead {
+  const char* data = nullptr;
+  int64_t lines = 0;
+};
+
+// sums (+)= a b for a pair of each: 4 tiles of 16 x 16 floats. TWO: more than 16 rows of a are wanted.
+template <class T, bool TWO>
+inline void multiply_pairs(const char* a, const char* b, int64_t steps, float* sums, bool accumulate,
+                           Ahead ahead = {}) {
+  constexpr int64_t kSecond = kPlanes<T> * kTileBytes, kTile = kSums / 4;
   memory_barrier();
   if (accumulate) {
     _tile_loadd(0, sums, 64);
-    if (TWO_B) _tile_loadd(1, sums + kFloats, 64);
-    if (TWO_A) _tile_loadd(2, sums + 2 * kFloats, 64);
-    if (TWO_A && TWO_B) _tile_loadd(3, sums + 3 * kFloats, 64);
+    _tile_loadd(1, sums + kTile, 64);
+    if (TWO) _tile_loadd(2, sums + 2 * kTile, 64);
+    if (TWO) _tile_loadd(3, sums + 3 * kTile, 64);
   } else {
     _tile_zero(0);
-    if (TWO_B) _tile_zero(1);
-    if (TWO_A) _tile_zero(2);
-    if (TWO_A && TWO_B) _tile_zero(3);
+    _tile_zero(1);
+    if (TWO) _tile_zero(2);
+    if (TWO) _tile_zero(3);
   }
   const auto load_a = [&](int64_t offset) {
-    _tile_loadd(4, a0 + offset, 64);
-    if (TWO_A) _tile_loadd(5, a1 + offset, 64);
+    _tile_loadd(4, a + offset, 64);
+    if (TWO) _tile_loadd(5, a + offset + kSecond, 64);
   };
   const auto load_b = [&](int64_t offset) {
-    _tile_loadd(6, b0 + offset, 64);
-    if (TWO_B) _tile_loadd(7, b1 + offset, 64);
+    _tile_loadd(6, b + offset, 64);
+    _tile_loadd(7, b + offset + kSecond, 64);
   };
   const auto multiply = [] {
     _tile_dpbf16ps(0, 4, 6);
-    if (TWO_B) _tile_dpbf16ps(1, 4, 7);
-    if (TWO_A) _tile_dpbf16ps(2, 5, 6);
-    if (TWO_A && TWO_B) _tile_dpbf16ps(3, 5, 7);
+    _tile_dpbf16ps(1, 4, 7);
+    if (TWO) _tile_dpbf16ps(2, 5, 6);
+    if (TWO) _tile_dpbf16ps(3, 5, 7);
   };
   for (int64_t offset = 0; offset < steps * kStepBytes<T>; offset += kStepBytes<T>) {
+    for (int64_t line = 0; line < ahead.lines; ++line, ahead.data += 64) _mm_prefetch(ahead.data, _MM_HINT_T1);
     if constexpr (kPlanes<T> == 1) {
       load_a(offset), load_b(offset), multiply();
     } else {  // in the order that loads the fewest tiles
@@ -185,9 +206,9 @@ inline void multiply_panels(const char* a0, const char* a1, const char* b0, cons
     }
   }
   _tile_stored(0, sums, 64);
-  if (TWO_B) _tile_stored(1, sums + kFloats, 64);
-  if (TWO_A) _tile_stored(2, sums + 2 * kFloats, 64);
-  if (TWO_A && TWO_B) _tile_stored(3, sums + 3 * kFloats, 64);
+  _tile_stored(1, sums + kTile, 64);
+  if (TWO) _tile_stored(2, sums + 2 * kTile, 64);
+  if (TWO) _tile_stored(3, sums + 3 * kTile, 64);
   memory_barrier();
 }
 
