@@ -19,7 +19,7 @@ from test_sampler import ScheduledReference
 from flexdit_ext import _C, DensitySchedule, FlexDiT, QueueFull, Sampler, reference, sample
 
 SCHEDULE = DensitySchedule([(4, 4), (3, 3), (2, 2)])
-# oneDNN rounds a row in the same way in any company with AVX-512 only.
+# A row is rounded in the same way in any company with AVX-512 and AMX only.
 COMPANY = 0.0 if _C.build_info()["instruction_set"] in ("avx512", "amx") else 1e-4
 
 

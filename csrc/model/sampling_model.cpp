@@ -12,7 +12,7 @@ bool is_modulation(const std::string& name) {
   return name.find("modulation.") != std::string::npos || name.ends_with("modulation_table");
 }
 
-// A linear layer's weight that the blocks use, which oneDNN likes packed. The ends' are small.
+// A linear layer's weight that the blocks use, better packed. The ends' are small.
 bool is_packed_weight(const ParameterSpec& spec) {
   const bool block = spec.name.rfind("pooling_blocks", 0) == 0 || spec.name.rfind("sdtm", 0) == 0 ||
                      spec.name.rfind("dense_blocks", 0) == 0;

@@ -14,8 +14,8 @@ namespace flexdit {
 
 constexpr double kLayerNormEps = 1e-6;
 
-// A weight [N, K] in the order of oneDNN's choice, which saves a pass over it in every product. CPU only, float32 and
-// bfloat16.
+// A weight [N, K] in the order that products read (oneDNN's choice, or tiles), which saves a pass over it in every
+// product. CPU only, float32 and bfloat16.
 class PackedWeight;
 struct PackedWeightDeleter {
   void operator()(const PackedWeight* weight) const;
