@@ -3,7 +3,7 @@
 //
 // float32 goes through the same tiles in three planes, x = high + middle + low, each the nearest bfloat16 to what is
 // left: 24 bits in all. Six products of planes make one; those left out, of middle and low with low, are under 2^-25 of
-// it, less than float32's own rounding. A sum over k runs in order whatever the shapes: results do not depend on them.
+// it, less than float32's own rounding. Only k decides in which order it is summed: rows do not depend on their company.
 #pragma once
 
 #include <immintrin.h>
