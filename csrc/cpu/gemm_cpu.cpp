@@ -1,4 +1,4 @@
-// Linear layers in float32 and bfloat16: on the tiles of gemm_amx.cpp where the processor has them, else by oneDNN.
+// Linear layers in float32 and bfloat16: on the tiles of gemm_amx.cpp (on_tiles() says which), else by oneDNN.
 // Creating a primitive of oneDNN's compiles code (about 1 ms), so they are cached, and long or ragged numbers of rows
 // are cut into pieces of few different sizes. With AVX-512 and contiguous operands oneDNN sums over k in an order that
 // depends neither on the number of rows nor on the threads, as long as k stays under its limit for splitting it over
@@ -7,6 +7,7 @@
 #include <omp.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
@@ -112,9 +113,9 @@ dnnl::matmul cached(const Product& p, int threads) {
   return cache.emplace(key, std::move(primitive)).first->second;
 }
 
-void multiply(const Product& p, int threads) {
+void multiply(const Product& p, bool tiles, int threads) {
   if (p.c.rows() == 0 || p.c.cols() == 0) return;
-  if (has_amx()) return amx::multiply(p, p.packed ? p.packed->tiles.get() : nullptr, threads);
+  if (tiles) return amx::multiply(p, p.packed ? p.packed->tiles.get() : nullptr, threads);
   dnnl::stream stream(engine());
   const auto view = [](const Operand& o) { return memory(descriptor(o), engine(), o.matrix.data); };
   std::unordered_map<int, memory> arguments{{DNNL_ARG_SRC, view(p.a)},
@@ -139,8 +140,8 @@ class OpenMPThreads {
 // Calls body(first, count) for pieces of `rows`: whole pieces, a multiple of kRowMultiple, and what is left. Only
 // oneDNN needs them.
 template <class Body>
-void for_pieces(int64_t rows, int64_t piece, Body&& body) {
-  if (has_amx()) return body(int64_t{0}, rows);
+void for_pieces(int64_t rows, int64_t piece, bool tiles, Body&& body) {
+  if (tiles) return body(int64_t{0}, rows);
   int64_t first = 0;
   for (; first + piece <= rows; first += piece) body(first, piece);
   const int64_t even = first > 0 || rows > piece / 2 ? (rows - first) / kRowMultiple * kRowMultiple : 0;
@@ -150,6 +151,13 @@ void for_pieces(int64_t rows, int64_t piece, Body&& body) {
 
 // Without the instructions oneDNN has no bfloat16 product (AVX2) or one whose sums depend on the threads (AVX-512).
 bool has_bfloat16_products() { return has_amx() || onednn_isa() >= dnnl_cpu_isa_avx512_core_bf16; }
+
+// Whether a weight [N, K] is multiplied on tiles. float32 gains by it in large layers alone: packing it in three planes
+// is soon dearer than the product. What is packed, and how many rows there are, must not decide: bits would hang on it.
+bool on_tiles(const Matrix& weight) {
+  constexpr int64_t kLarge = 1024;
+  return has_amx() && (weight.dtype == DType::bfloat16 || std::min(weight.rows, weight.cols) >= kLarge);
+}
 
 // A float32 copy of a bfloat16 matrix (or room for one), given back when asked.
 class Widened {
@@ -193,27 +201,29 @@ void linear_backward_through_float32(const LinearBackward& p, int threads) {
 void linear(const Linear& p, int threads) {
   if (p.x.dtype == DType::bfloat16 && !has_bfloat16_products()) return linear_through_float32(p, threads);
   const OpenMPThreads scope(threads);
-  for_pieces(p.x.rows, kRowPiece, [&](int64_t first, int64_t count) {
+  const bool tiles = on_tiles(p.weight);
+  for_pieces(p.x.rows, kRowPiece, tiles, [&](int64_t first, int64_t count) {
     multiply({.a = {p.x.row_range(first, count)},
               .b = {p.weight, true},
               .c = {p.y.row_range(first, count)},
               .bias = p.bias,
               .gelu = p.activation == Activation::gelu_tanh,
               .packed = p.packed},
-             threads);
+             tiles, threads);
   });
 }
 
 void linear_backward(const LinearBackward& p, int threads) {
   if (p.x.dtype == DType::bfloat16 && !has_bfloat16_products()) return linear_backward_through_float32(p, threads);
   const OpenMPThreads scope(threads);
+  const bool tiles = has_amx() && p.weight.dtype == DType::bfloat16;  // float32 would pack both sides three times
   if (p.grad_x)
-    for_pieces(p.x.rows, kRowPiece, [&](int64_t first, int64_t count) {
+    for_pieces(p.x.rows, kRowPiece, tiles, [&](int64_t first, int64_t count) {
       multiply({.a = {p.grad_y.row_range(first, count)},
                 .b = {p.weight},
                 .c = {p.grad_x.row_range(first, count)},
                 .accumulate = p.accumulate_grad_x},
-               threads);
+               tiles, threads);
     });
   if (p.grad_weight) {
     const bool widen = p.grad_weight.dtype == DType::bfloat16;
@@ -221,12 +231,12 @@ void linear_backward(const LinearBackward& p, int threads) {
     if (widen) sum = {p.workspace, sum.rows, sum.cols, sum.cols, DType::float32};
     if (p.x.rows == 0)
       for (int64_t i = 0; i < sum.rows; ++i) std::memset(sum.row_range(i, 1).data, 0, sum.cols * size_of(sum.dtype));
-    for_pieces(p.x.rows, kSumPiece, [&](int64_t first, int64_t count) {
+    for_pieces(p.x.rows, kSumPiece, tiles, [&](int64_t first, int64_t count) {
       multiply({.a = {p.grad_y.row_range(first, count), true},
                 .b = {p.x.row_range(first, count)},
                 .c = {sum},
                 .accumulate = first > 0},
-               threads);
+               tiles, threads);
     });
     if (widen) kernels().convert({.x = sum, .y = p.grad_weight}, threads);
   }
@@ -253,7 +263,7 @@ PackedWeightPointer pack_weight(const Matrix& weight, int threads) {
   constexpr int64_t kTypicalRows = 256;
   if (weight.dtype == DType::bfloat16 && !has_bfloat16_products()) return nullptr;
   const Operand b{weight, true};
-  if (has_amx()) {
+  if (on_tiles(weight)) {
     auto packed = std::unique_ptr<PackedWeight, PackedWeightDeleter>(new PackedWeight);
     packed->tiles.reset(allocate_huge(amx::packed_bytes(b)));
     amx::pack(b, packed->tiles.get(), threads);
