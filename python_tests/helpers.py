@@ -151,8 +151,8 @@ def stored_features(fixture: Fixture) -> contextlib.AbstractContextManager[None]
     """The module and the reference with the features of the fixture's t that its file was made with."""
 
     def look_up(t: Tensor, shift: int) -> Tensor:
-        assert torch.equal(t, fixture.t) and shift == 0, "the fixture has features of its own t only"
-        return fixture.features
+        assert torch.equal(t.cpu(), fixture.t) and shift == 0, "the fixture has features of its own t only"
+        return fixture.features.to(t.device)
 
     return use_features(look_up)
 

@@ -5,7 +5,6 @@
 // threads; python_tests check that. Its AVX2 code for float32 keeps no such order: there rows may differ in the last
 // bits.
 #include <omp.h>
-#include <sys/mman.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -243,31 +242,17 @@ void linear_backward(const LinearBackward& p, int threads) {
   if (p.grad_bias) kernels().column_sums({.x = p.grad_y, .sums = p.grad_bias}, threads);
 }
 
-namespace {
-
-// On pages of 2 MB where the system has them: a pass over weights on small ones waits for their addresses.
-char* allocate_huge(int64_t bytes) {
-  constexpr size_t kPage = 2 << 20, kSmall = 4096;
-  const size_t size = (static_cast<size_t>(bytes) + kSmall - 1) / kSmall * kSmall;
-  void* data = nullptr;
-  if (posix_memalign(&data, size < kPage ? kSmall : kPage, size) != 0) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-  madvise(data, size, MADV_HUGEPAGE);
-#endif
-  return static_cast<char*>(data);
-}
-
-}  // namespace
-
 PackedWeightPointer pack_weight(const Matrix& weight, int threads) {
   constexpr int64_t kTypicalRows = 256;
   if (weight.dtype == DType::bfloat16 && !has_bfloat16_products()) return nullptr;
   const Operand b{weight, true};
   if (on_tiles(weight)) {
-    auto packed = std::unique_ptr<PackedWeight, PackedWeightDeleter>(new PackedWeight);
-    packed->tiles.reset(allocate_huge(amx::packed_bytes(b)));
-    amx::pack(b, packed->tiles.get(), threads);
-    return packed;
+    constexpr int64_t kLine = 64;
+    PackedWeight packed;
+    packed.tiles.reset(static_cast<char*>(std::aligned_alloc(kLine, static_cast<size_t>(amx::packed_bytes(b)))));
+    if (!packed.tiles) throw std::bad_alloc();
+    amx::pack(b, packed.tiles.get(), threads);
+    return PackedWeightPointer(new PackedWeight(std::move(packed)));
   }
   const OpenMPThreads scope(threads);
   const auto type = onednn_type(weight.dtype);

@@ -56,7 +56,7 @@ struct Kernels {
 // The kernels for the best instruction set that this machine has.
 const Kernels& kernels();
 const char* instruction_set();
-// Whether products of bfloat16 and float32 run on tile registers (gemm_amx.cpp).
+// Whether there are tile registers for products (gemm_amx.cpp).
 bool has_amx();
 
 // Defined in gemm_cpu.cpp.

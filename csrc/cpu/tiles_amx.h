@@ -154,7 +154,7 @@ constexpr int64_t kSums = kPairLines * kPairLines;
 // Where row i of a pair has its first 16 sums; the other 16 are kSums / 4 behind.
 constexpr int64_t row_of_sums(int64_t i) { return i / kTileLines * kSums / 2 + i % kTileLines * kTileLines; }
 
-// Cache lines that will be read next, `lines` in every step; fetched between products they cost nothing.
+// Cache lines that will be read next, `lines` of them fetched in every step, behind its products.
 struct Ahead {
   const char* data = nullptr;
   int64_t lines = 0;

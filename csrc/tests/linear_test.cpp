@@ -30,10 +30,14 @@ struct Case {
 // One row, odd sizes, less than a tile, several pieces (over 512 rows), many chunks, a weight that float32 takes to
 // tiles.
 const Case kCases[] = {{1, 1, 1},     {1, 70, 33},     {3, 17, 2000}, {47, 32, 64},
-                       {530, 33, 40}, {150, 40, 4608}, {0, 5, 7},     {50, 1030, 1100}};
+                       {530, 33, 40}, {150, 40, 4608}, {0, 5, 7},     {20, 1030, 4608}};
 
-// Seen: float32 2.1e-7 on tiles, 8.7e-7 of oneDNN; bfloat16 2.7e-3.
-double bound_of(DType dtype) { return dtype == DType::bfloat16 ? 4e-3 : 1.5e-6; }
+// Forward. Seen: float32 2.3e-7 on tiles, which large weights get, 8.7e-7 of oneDNN; bfloat16 2.7e-3.
+double bound_of(DType dtype, int64_t n, int64_t k) {
+  const bool tiles = cpu::has_amx() && std::min(n, k) >= 1024;
+  return dtype == DType::bfloat16 ? 4e-3 : tiles ? 4e-7 : 1.5e-6;
+}
+double backward_bound(DType dtype) { return bound_of(dtype, 0, 0); }
 
 // The largest error, of the largest value.
 double relative_error(const Values& got, const Values& wanted) {
@@ -112,7 +116,7 @@ TEST_CASE(forward_is_close_to_double) {
   double worst[2] = {};
   for_layers([&](const Layer& l, const std::string& name) {
     const double error = relative_error(l.forward(0, l.x.rows, 2, false, false), naive::linear(l.x, l.weight, l.bias));
-    CHECK_NOTE(error <= bound_of(l.dtype), name, ": ", error);
+    CHECK_NOTE(error <= bound_of(l.dtype, l.weight.rows, l.weight.cols), name, ": ", error);
     double& seen = worst[l.dtype == DType::bfloat16];
     seen = std::max(seen, error);
   });
@@ -129,9 +133,9 @@ TEST_CASE(backward_is_close_to_double) {
       const auto got = l.backward(grad, 2, accumulate, accumulate);
       Values wanted = grad_x;
       for (size_t i = 0; accumulate && i < wanted.v.size(); ++i) wanted.v[i] += l.x.v[i];
-      CHECK_NOTE(relative_error(got[0], wanted) <= bound_of(l.dtype), name,
+      CHECK_NOTE(relative_error(got[0], wanted) <= backward_bound(l.dtype), name,
                  " grad_x: ", relative_error(got[0], wanted));
-      CHECK_NOTE(relative_error(got[1], grad_w) <= bound_of(l.dtype), name,
+      CHECK_NOTE(relative_error(got[1], grad_w) <= backward_bound(l.dtype), name,
                  " grad_w: ", relative_error(got[1], grad_w));
     }
   });
