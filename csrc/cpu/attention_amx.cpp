@@ -14,8 +14,7 @@ namespace {
 
 constexpr int64_t kKeys = 256;     // of a block
 constexpr int64_t kStretch = 256;  // queries of a task
-constexpr int64_t kStep = kStepBytes<bfloat16>;
-constexpr float kNone = -1e30f;  // an exponent before the first key
+constexpr float kNone = -1e30f;    // an exponent before the first key
 constexpr float kLogOfTwo = 0.69314718f;
 
 // 2^x for x <= 0, to about 1e-7 relative: x = n + r, the series of e^(r ln 2).
@@ -37,15 +36,14 @@ Lines lines(const Head<bfloat16>& head, int64_t first, int64_t count, int64_t d,
 
 void pack(const Lines& from, bool rows_are_lines, int64_t pairs, int64_t steps, char* out) {
   for (int64_t pair = 0; pair < pairs; ++pair)
-    pack_pair<bfloat16>(from, pair, 0, steps, rows_are_lines, out + pair * steps * kStep);
+    pack_pair(from, pair, 0, steps, rows_are_lines, out + pair * steps * kStepBytes);
 }
 
 // Up to 32 rows of a by pairs of b's columns, all of `steps` steps: sums (+)= a b, pair after pair.
 void multiply(const char* a, int64_t rows, const char* b, int64_t pairs, int64_t steps, float* sums, bool accumulate) {
   for (int64_t j = 0; j < pairs; ++j)
-    (rows > kTileLines ? multiply_pairs<bfloat16, true> : multiply_pairs<bfloat16, false>)(a, b + j * steps * kStep,
-                                                                                           steps, sums + j * kSums,
-                                                                                           accumulate, {});
+    (rows > kTileLines ? multiply_pairs<true> : multiply_pairs<false>)(a, b + j * steps * kStepBytes, steps,
+                                                                       sums + j * kSums, accumulate, {});
 }
 
 // What the online softmax keeps of each query, and the factor that makes scores exponents of two.
@@ -87,7 +85,7 @@ void softmax_rows(const float* scores, int64_t rows, int64_t keys, const Softmax
     const auto put = [&](int64_t step) {
       const __m512 low = power_of_two(half[0]), high = power_of_two(half[1]);
       total = _mm512_add_ps(total, _mm512_add_ps(low, high));
-      _mm512_store_si512(out + step * kStep, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+      _mm512_store_si512(out + step * kStepBytes, (__m512i)_mm512_cvtne2ps_pbh(high, low));
     };
     for (int64_t step = 0; step < whole; ++step) row.read<true>(step, scale, shift, half), put(step);
     if (whole < steps) row.read<false>(whole, scale, shift, half), put(whole);
@@ -113,13 +111,13 @@ struct Task {
 
 void forward_task(const Attention& p, const Task& t) {
   const int64_t queries = t.last - t.first, blocks = pieces(queries, kPairLines), depth = pieces(t.d, kTileDepth);
-  const int64_t most_pairs = pieces(smaller(t.k.rows.count, kKeys), kPairLines), pair = depth * kStep;
+  const int64_t most_pairs = pieces(smaller(t.k.rows.count, kKeys), kPairLines), pair = depth * kStepBytes;
   Scratch& scratch = thread_scratch();
-  scratch.reset<char>((blocks + 2 * most_pairs) * pair + most_pairs * kStep +
+  scratch.reset<char>((blocks + 2 * most_pairs) * pair + most_pairs * kStepBytes +
                           ((most_pairs + blocks * depth) * kSums + 2 * queries + kPairLines) * 4,
                       9);
   char *qb = scratch.take<char>(blocks * pair), *kb = scratch.take<char>(most_pairs * pair),
-       *vb = scratch.take<char>(most_pairs * pair), *chances = scratch.take<char>(most_pairs * kStep);
+       *vb = scratch.take<char>(most_pairs * pair), *chances = scratch.take<char>(most_pairs * kStepBytes);
   float *scores = scratch.take<float>(most_pairs * kSums), *sums = scratch.take<float>(blocks * depth * kSums),
         *maximum = scratch.take<float>(queries), *total = scratch.take<float>(queries),
         *rescale = scratch.take<float>(kPairLines);

@@ -1,18 +1,73 @@
-// Linear layers on Intel's tile registers (AMX), in bfloat16 and, in three planes, in float32; see tiles_amx.h.
-// Rows of a are packed a piece at a time, then every task makes 32 columns of c, chunk after chunk of k so that b's
-// part of a chunk stays near while the piece's rows pass by; meanwhile the next chunk is fetched.
+// Linear layers on Intel's tile registers (AMX), in bfloat16 (tiles_amx.h) and float32 (tiles_float32.h).
+// Rows of a are packed a piece at a time, then every task makes a group of columns of c, chunk after chunk of k so that
+// b's part of a chunk stays near while the piece's rows pass by; meanwhile the next chunk is fetched.
 #include "cpu/product.h"
 
 #ifdef __AMX_BF16__
 #include "cpu/scratch.h"
-#include "cpu/tiles_amx.h"
+#include "cpu/tiles_float32.h"
 
 namespace flexdit::cpu::FLEXDIT_ISA {
 namespace {
 
 constexpr int64_t kMostRows = 512;           // of a piece
-constexpr int64_t kPieceBytes = 1536 << 10;  // of a piece's packed rows, for the second cache
-constexpr int64_t kChunkBytes = 72 << 10;    // of a pair's chunk, for the first and the second
+constexpr int64_t kPieceBytes = 1024 << 10;  // of a piece's packed rows, for the second cache
+
+// How a type is packed and multiplied: in groups of lines, chunks of k, which begin with kHead bytes, and steps.
+struct Bfloat16Format {
+  using Value = bfloat16;
+  static constexpr int64_t kGroup = kPairLines, kDepth = kTileDepth, kStep = kStepBytes, kHead = 0;
+  static constexpr int64_t kMostSteps = 36;  // 72 KB of b, for the first and the second cache
+
+  static void pack(const Lines& from, int64_t group, int64_t first_step, int64_t steps, bool rows_are_lines,
+                   char* out) {
+    pack_pair(from, group, first_step, steps, rows_are_lines, out);
+  }
+
+  // sums (+)= a b. They are complete after the next product, or finish().
+  void multiply(const char* a, const char* b, int64_t steps, int64_t rows, float* sums, bool accumulate, Ahead ahead) {
+    (rows > kTileLines ? multiply_pairs<true> : multiply_pairs<false>)(a, b, steps, sums, accumulate, ahead);
+  }
+  void finish() {}
+};
+
+struct Float32Format {
+  using Value = float;
+  static constexpr int64_t kGroup = kTileLines, kDepth = kDigitDepth, kStep = kDigitStepBytes, kHead = kScaleBytes;
+  static constexpr int64_t kMostSteps = 6;  // 18 KB each of a and b, for the first cache
+
+  static void pack(const Lines& from, int64_t group, int64_t first_step, int64_t steps, bool rows_are_lines,
+                   char* out) {
+    pack_digits(from, group * kGroup, first_step, steps, rows_are_lines, out);
+  }
+  void multiply(const char* a, const char* b, int64_t steps, int64_t, float* sums, bool accumulate, Ahead ahead) {
+    products_.multiply(a, b, steps, sums, accumulate, ahead);
+  }
+  void finish() { products_.finish(); }
+
+ private:
+  DigitProducts products_;
+};
+
+// Where the chunks of a packed group are.
+template <class Format>
+struct Chunks {
+  explicit Chunks(int64_t depth)
+      : steps(pieces(depth, Format::kDepth)),
+        most(pieces(larger(steps, 1), pieces(larger(steps, 1), Format::kMostSteps))) {}
+
+  int64_t count() const { return pieces(larger(steps, 1), most); }
+  int64_t steps_of(int64_t chunk) const { return smaller(most, steps - chunk * most); }
+  int64_t bytes_of(int64_t chunk) const { return Format::kHead + steps_of(chunk) * Format::kStep; }
+  int64_t offset_of(int64_t chunk) const { return chunk * (Format::kHead + most * Format::kStep); }
+  int64_t group_bytes() const { return offset_of(count() - 1) + bytes_of(count() - 1); }
+
+  void pack(const Lines& from, int64_t group, int64_t chunk, bool rows_are_lines, char* out) const {
+    Format::pack(from, group, chunk * most, steps_of(chunk), rows_are_lines, out);
+  }
+
+  int64_t steps, most;
+};
 
 Lines lines_of_a(const Operand& a) { return {a.matrix.data, a.matrix.stride, a.rows(), a.cols(), !a.transposed}; }
 Lines lines_of_b(const Operand& b) { return {b.matrix.data, b.matrix.stride, b.cols(), b.rows(), b.transposed}; }
@@ -24,18 +79,18 @@ inline __m512 gelu(__m512 v) {
   return _mm512_load_ps(x);
 }
 
-// A pair's sums -> rows and columns of c.
-template <class C, class Bias>
+// A block's sums -> rows and columns of c.
+template <class Format, class C>
 void store_block(const Product& p, int64_t i0, int64_t j0, const float* sums) {
-  const int64_t rows = smaller(kPairLines, p.c.rows() - i0), cols = p.c.cols() - j0;
-  for (int64_t half = 0; half < 2; ++half) {
-    const __mmask16 mask = first_lanes(cols - half * kTileLines);
-    const int64_t column = j0 + half * kTileLines;
+  const int64_t rows = smaller(Format::kGroup, p.c.rows() - i0), cols = p.c.cols() - j0;
+  for (int64_t side = 0; side < Format::kGroup / kTileLines; ++side) {
+    const __mmask16 mask = first_lanes(cols - side * kTileLines);
+    const int64_t column = j0 + side * kTileLines;
     if (!mask) return;
-    const __m512 bias = p.bias ? load16(row<Bias>(p.bias, 0) + column, mask) : _mm512_setzero_ps();
+    const __m512 bias = p.bias ? load16(row<typename Format::Value>(p.bias, 0) + column, mask) : _mm512_setzero_ps();
     for (int64_t i = 0; i < rows; ++i) {
       C* out = row<C>(p.c.matrix, i0 + i) + column;
-      __m512 v = _mm512_add_ps(_mm512_load_ps(sums + row_of_sums(i) + half * kSums / 4), bias);
+      __m512 v = _mm512_add_ps(_mm512_load_ps(sums + row_of_sums(i) + side * kSums / 4), bias);
       if (p.accumulate) v = _mm512_add_ps(v, load16(out, mask));
       if (p.gelu) v = gelu(v);
       store16(out, mask, v);
@@ -43,122 +98,134 @@ void store_block(const Product& p, int64_t i0, int64_t j0, const float* sums) {
   }
 }
 
-// A product cut into pieces of a's rows and, within one, tasks of 32 columns and perhaps a share of the rows.
-template <class T>
+// A product cut into pieces of a's rows and, within one, tasks of a group of columns and perhaps a share of the rows.
+template <class Format>
 class Plan {
  public:
   Plan(const Product& p, const char* tiles, int threads)
-      : p_(p), a_(lines_of_a(p.a)), b_(lines_of_b(p.b)), tiles_(tiles), threads_(threads) {
-    steps_ = pieces(a_.depth, kTileDepth);
-    const int64_t fitting = kPieceBytes / larger(pair_bytes(), 1) * kPairLines;
-    const int64_t least = (tiles ? 4 : 8) * kPairLines;  // to make reading, or packing, b worth while
+      : p_(p), a_(lines_of_a(p.a)), b_(lines_of_b(p.b)), tiles_(tiles), threads_(threads), chunks_(a_.depth) {
+    const int64_t fitting = kPieceBytes / larger(chunks_.group_bytes(), 1) * kGroup;
+    const int64_t least = tiles ? 96 : 256;  // to make reading, or packing, b worth while
     const int64_t most = smaller(larger(fitting, least), kMostRows);
-    piece_rows_ = pieces(pieces(larger(a_.count, 1), pieces(larger(a_.count, 1), most)), kPairLines) * kPairLines;
-    chunk_ = smaller(kChunkBytes / kStepBytes<T>, larger(steps_, 1));
-    columns_ = pieces(b_.count, kPairLines);
+    piece_rows_ = pieces(pieces(larger(a_.count, 1), pieces(larger(a_.count, 1), most)), kGroup) * kGroup;
+    columns_ = pieces(b_.count, kGroup);
     // Where columns alone leave threads idle, tasks share a piece's rows, too.
     const int64_t wanted = pieces(3 * threads, columns_);
-    task_rows_ = threads == 1 ? piece_rows_ : larger(piece_rows_ / wanted / kPairLines, 1) * kPairLines;
+    task_rows_ = threads == 1 ? piece_rows_ : larger(piece_rows_ / wanted / kGroup, 1) * kGroup;
   }
 
-  int64_t piece_bytes() const { return pieces(smaller(piece_rows_, a_.count), kPairLines) * pair_bytes(); }
+  int64_t piece_bytes() const { return pieces(smaller(piece_rows_, a_.count), kGroup) * chunks_.group_bytes(); }
 
   void run(char* packed) const {
 #pragma omp parallel num_threads(threads_)
     {
       const TileRegisters registers;
       for (int64_t first = 0; first < a_.count; first += piece_rows_) {
-        const int64_t rows = smaller(piece_rows_, a_.count - first);
+        const Piece piece{packed, first, smaller(piece_rows_, a_.count - first)};
 #pragma omp for schedule(static)
-        for (int64_t pair = 0; pair < pieces(rows, kPairLines); ++pair)
-          pack_pair<T>(a_, first / kPairLines + pair, 0, steps_, true, packed + pair * pair_bytes());
-        const int64_t shares = pieces(rows, task_rows_);
+        for (int64_t group = 0; group < piece.groups(); ++group)
+          for (int64_t chunk = 0; chunk < chunks_.count(); ++chunk)
+            chunks_.pack(a_, first / kGroup + group, chunk, true, at(piece, group, chunk));
+        const int64_t shares = pieces(piece.rows, task_rows_);
 #pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < shares * columns_; ++task) {
-          const int64_t begin = task % shares * task_rows_;
-          column_task(packed + begin / kPairLines * pair_bytes(), first + begin, smaller(task_rows_, rows - begin),
-                      task / shares, (task + threads_) / shares);
-        }
+        for (int64_t task = 0; task < shares * columns_; ++task)
+          column_task(piece, task % shares * task_rows_, task / shares, (task + threads_) / shares);
       }
     }
   }
 
  private:
-  int64_t pair_bytes() const { return steps_ * kStepBytes<T>; }
+  static constexpr int64_t kGroup = Format::kGroup;
 
-  // c[first + rows, pair of columns], a's pairs from `packed`. `next`: the pair that this thread likely has next.
-  void column_task(const char* packed, int64_t first, int64_t rows, int64_t column, int64_t next) const {
-    const int64_t blocks = pieces(rows, kPairLines);
-    Scratch& scratch = thread_scratch();
-    scratch.reset<char>(chunk_ * kStepBytes<T> + (blocks + 1) * kSums * 4, 3);
-    char* own = scratch.take<char>(chunk_ * kStepBytes<T>);
-    float *sums = scratch.take<float>(blocks * kSums), *fresh = scratch.take<float>(kSums);
-    int64_t step = 0;
-    do {
-      const int64_t count = smaller(chunk_, steps_ - step);
-      const bool last = step + count >= steps_;
-      const char* b = tiles_ ? tiles_ + column * pair_bytes() + step * kStepBytes<T> : own;
-      if (!tiles_) pack_pair<T>(b_, column, step, count, false, own);
-      Ahead ahead;
-      if (tiles_ && (!last || next < columns_)) {
-        const int64_t coming = smaller(chunk_, last ? steps_ : steps_ - step - count) * kStepBytes<T>;
-        ahead = {last ? tiles_ + next * pair_bytes() : b + count * kStepBytes<T>, pieces(coming / 64, blocks * count)};
-      }
-      for (int64_t block = 0; block < blocks; ++block, ahead.data += ahead.lines * count * 64) {
-        float* block_sums = sums + (steps_ > chunk_ ? block * kSums : 0);
-        const bool two = rows - block * kPairLines > kTileLines;
-        // float32 adds chunk to chunk: one long sum of its six products would lose bits to rounding.
-        const bool apart = kPlanes<T> > 1 && step > 0;
-        (two ? multiply_pairs<T, true> : multiply_pairs<T, false>)(packed + block * pair_bytes() + step * kStepBytes<T>,
-                                                                   b, count, apart ? fresh : block_sums,
-                                                                   !apart && step > 0, ahead);
-        if (apart)
-          for (int64_t i = 0; i < kSums; ++i) block_sums[i] += fresh[i];
-        if (last)
-          (p_.c.matrix.dtype == DType::float32
-               ? store_block<float, T>
-               : store_block<bfloat16, T>)(p_, first + block * kPairLines, column * kPairLines, block_sums);
-      }
-      step += count;
-    } while (step < steps_);
+  // Packed rows of a, chunk after chunk and within one group after group, as tasks read them.
+  struct Piece {
+    char* packed;
+    int64_t first, rows;
+    int64_t groups() const { return pieces(rows, kGroup); }
+  };
+  char* at(const Piece& piece, int64_t group, int64_t chunk) const {
+    return piece.packed + chunks_.offset_of(chunk) * piece.groups() + chunks_.bytes_of(chunk) * group;
   }
+
+  // What a thread will read of b after a chunk, during `steps` steps. `next`: the columns that it likely has next.
+  Ahead after(int64_t column, int64_t chunk, int64_t next, int64_t steps) const {
+    const bool last = chunk + 1 == chunks_.count();
+    if (!tiles_ || (last && next >= columns_)) return {};
+    const int64_t coming = last ? 0 : chunk + 1;
+    return {tiles_ + (last ? next : column) * chunks_.group_bytes() + chunks_.offset_of(coming),
+            pieces(pieces(chunks_.bytes_of(coming), 64), larger(steps, 1))};
+  }
+
+  // c[piece's rows from `begin`, group of columns].
+  void column_task(const Piece& piece, int64_t begin, int64_t column, int64_t next) const {
+    const int64_t rows = smaller(task_rows_, piece.rows - begin), blocks = pieces(rows, kGroup);
+    Scratch& scratch = thread_scratch();
+    scratch.reset<char>(chunks_.bytes_of(0) + blocks * kBlockSums * 4, 2);
+    char* own = scratch.take<char>(chunks_.bytes_of(0));
+    float* sums = scratch.take<float>(blocks * kBlockSums);
+    const auto store = [&](int64_t block) {
+      const bool wide = p_.c.matrix.dtype == DType::float32;
+      (wide ? store_block<Format, float> : store_block<Format, bfloat16>)(p_, piece.first + begin + block * kGroup,
+                                                                          column * kGroup, sums + block * kBlockSums);
+    };
+    Format products;
+    for (int64_t chunk = 0; chunk < chunks_.count(); ++chunk) {
+      const int64_t steps = chunks_.steps_of(chunk);
+      const bool last = chunk + 1 == chunks_.count();
+      const char* b = tiles_ ? tiles_ + column * chunks_.group_bytes() + chunks_.offset_of(chunk) : own;
+      if (!tiles_) chunks_.pack(b_, column, chunk, false, own);
+      Ahead ahead = after(column, chunk, next, blocks * steps);
+      for (int64_t block = 0; block < blocks; ++block, ahead.data += ahead.lines * steps * 64) {
+        products.multiply(at(piece, begin / kGroup + block, chunk), b, steps, rows - block * kGroup,
+                          sums + block * kBlockSums, chunk > 0, ahead);
+        if (last && block > 0) store(block - 1);
+      }
+      products.finish();
+    }
+    store(blocks - 1);
+  }
+
+  static constexpr int64_t kBlockSums = kGroup * kGroup;
 
   const Product& p_;
   Lines a_, b_;
   const char* tiles_;
   int threads_;
-  int64_t steps_, piece_rows_, chunk_, columns_, task_rows_;
+  Chunks<Format> chunks_;
+  int64_t piece_rows_, columns_, task_rows_;
 };
 
-template <class T>
+template <class Format>
 void multiply_as(const Product& p, const char* tiles, int threads) {
   static thread_local Scratch rows;  // shared by the threads of the product, whose own scratch is taken
-  const Plan<T> plan(p, tiles, threads);
+  const Plan<Format> plan(p, tiles, threads);
   rows.reset<char>(plan.piece_bytes(), 1);
   plan.run(rows.take<char>(plan.piece_bytes()));
 }
 
-template <class T>
+template <class Format>
 void pack_as(const Lines& b, char* tiles, int threads) {
-  const int64_t steps = pieces(b.depth, kTileDepth);
+  const Chunks<Format> chunks(b.depth);
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t pair = 0; pair < pieces(b.count, kPairLines); ++pair)
-    pack_pair<T>(b, pair, 0, steps, false, tiles + pair * steps * kStepBytes<T>);
+  for (int64_t group = 0; group < pieces(b.count, Format::kGroup); ++group)
+    for (int64_t chunk = 0; chunk < chunks.count(); ++chunk)
+      chunks.pack(b, group, chunk, false, tiles + group * chunks.group_bytes() + chunks.offset_of(chunk));
 }
 
 }  // namespace
 
 int64_t packed_bytes(const Operand& b) {
-  const int64_t step = b.matrix.dtype == DType::bfloat16 ? kStepBytes<bfloat16> : kStepBytes<float>;
-  return pieces(b.cols(), kPairLines) * pieces(b.rows(), kTileDepth) * step;
+  return b.matrix.dtype == DType::bfloat16
+             ? pieces(b.cols(), Bfloat16Format::kGroup) * Chunks<Bfloat16Format>(b.rows()).group_bytes()
+             : pieces(b.cols(), Float32Format::kGroup) * Chunks<Float32Format>(b.rows()).group_bytes();
 }
 
 void pack(const Operand& b, char* tiles, int threads) {
-  (b.matrix.dtype == DType::bfloat16 ? pack_as<bfloat16> : pack_as<float>)(lines_of_b(b), tiles, threads);
+  (b.matrix.dtype == DType::bfloat16 ? pack_as<Bfloat16Format> : pack_as<Float32Format>)(lines_of_b(b), tiles, threads);
 }
 
 void multiply(const Product& p, const char* tiles, int threads) {
-  (p.a.matrix.dtype == DType::bfloat16 ? multiply_as<bfloat16> : multiply_as<float>)(p, tiles, threads);
+  (p.a.matrix.dtype == DType::bfloat16 ? multiply_as<Bfloat16Format> : multiply_as<Float32Format>)(p, tiles, threads);
 }
 
 }  // namespace flexdit::cpu::FLEXDIT_ISA

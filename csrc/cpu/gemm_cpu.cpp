@@ -136,11 +136,11 @@ class OpenMPThreads {
   int before_;
 };
 
-// Calls body(first, count) for pieces of `rows`: whole pieces, a multiple of kRowMultiple, and what is left. Only
-// oneDNN needs them.
+// Calls body(first, count) for pieces of `rows`: full pieces, a multiple of kRowMultiple, and what is left; or once for
+// all, where products see to their own pieces.
 template <class Body>
-void for_pieces(int64_t rows, int64_t piece, bool tiles, Body&& body) {
-  if (tiles) return body(int64_t{0}, rows);
+void for_pieces(int64_t rows, int64_t piece, bool whole, Body&& body) {
+  if (whole && rows > 0) return body(int64_t{0}, rows);
   int64_t first = 0;
   for (; first + piece <= rows; first += piece) body(first, piece);
   const int64_t even = first > 0 || rows > piece / 2 ? (rows - first) / kRowMultiple * kRowMultiple : 0;
@@ -151,10 +151,10 @@ void for_pieces(int64_t rows, int64_t piece, bool tiles, Body&& body) {
 // Without the instructions oneDNN has no bfloat16 product (AVX2) or one whose sums depend on the threads (AVX-512).
 bool has_bfloat16_products() { return has_amx() || onednn_isa() >= dnnl_cpu_isa_avx512_core_bf16; }
 
-// Whether a weight [N, K] is multiplied on tiles. float32 gains by it in large layers alone: packing it in three planes
-// is soon dearer than the product. What is packed, and how many rows there are, must not decide: bits would hang on it.
+// Whether a weight [N, K] is multiplied on tiles. float32 gains by it from some size on, where packing is little beside
+// the product. What is packed, and how many rows there are, must not decide: bits would hang on it.
 bool on_tiles(const Matrix& weight) {
-  constexpr int64_t kLarge = 1024;
+  constexpr int64_t kLarge = 256;
   return has_amx() && (weight.dtype == DType::bfloat16 || std::min(weight.rows, weight.cols) >= kLarge);
 }
 
@@ -215,7 +215,8 @@ void linear(const Linear& p, int threads) {
 void linear_backward(const LinearBackward& p, int threads) {
   if (p.x.dtype == DType::bfloat16 && !has_bfloat16_products()) return linear_backward_through_float32(p, threads);
   const OpenMPThreads scope(threads);
-  const bool tiles = has_amx() && p.weight.dtype == DType::bfloat16;  // float32 would pack both sides three times
+  constexpr int64_t kManyRows = 256;  // that pay for packing both sides in float32
+  const bool tiles = on_tiles(p.weight) && (p.x.dtype == DType::bfloat16 || p.x.rows >= kManyRows);
   if (p.grad_x)
     for_pieces(p.x.rows, kRowPiece, tiles, [&](int64_t first, int64_t count) {
       multiply({.a = {p.grad_y.row_range(first, count)},
@@ -230,7 +231,8 @@ void linear_backward(const LinearBackward& p, int threads) {
     if (widen) sum = {p.workspace, sum.rows, sum.cols, sum.cols, DType::float32};
     if (p.x.rows == 0)
       for (int64_t i = 0; i < sum.rows; ++i) std::memset(sum.row_range(i, 1).data, 0, sum.cols * size_of(sum.dtype));
-    for_pieces(p.x.rows, kSumPiece, tiles, [&](int64_t first, int64_t count) {
+    const bool whole = false;  // pieces serve tiles, too: both sides are long, and packed they would outgrow the caches
+    for_pieces(p.x.rows, kSumPiece, whole, [&](int64_t first, int64_t count) {
       multiply({.a = {p.grad_y.row_range(first, count), true},
                 .b = {p.x.row_range(first, count)},
                 .c = {sum},

@@ -47,13 +47,13 @@ const Kernels& kernels_with_tiles() {
   return table;
 }
 
-// Tiles of bfloat16, which Linux gives to a process that asks for them.
+// Tiles of bfloat16 and of bytes, which Linux gives to a process that asks for them.
 bool may_use_tiles() {
-  constexpr unsigned kBfloat16 = 1u << 22, kTiles = 1u << 24;  // in edx of leaf 7, 0
+  constexpr unsigned kTiles = 1u << 22 | 1u << 24 | 1u << 25;  // of bfloat16, at all, of bytes: in edx of leaf 7, 0
   constexpr unsigned kAvx512Bfloat16 = 1u << 5;                // in eax of leaf 7, 1
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
   unsigned a = 0, b = 0, c = 0, d = 0;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBfloat16 | kTiles)) != (kBfloat16 | kTiles)) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTiles) != kTiles) return false;
   if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & kAvx512Bfloat16)) return false;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }

@@ -1,9 +1,6 @@
-// Matrices as Intel's tile registers (AMX) read them, and the product of two blocks of them. A tile has 16 rows of 16
-// pairs of bfloat16; a product adds 16 x 16 sums over 32 values of k in float32.
-//
-// float32 goes through the same tiles in three planes, x = high + middle + low, each the nearest bfloat16 to what is
-// left: 24 bits in all. Six products of planes make one; those left out, of middle and low with low, are under 2^-25 of
-// it, less than float32's own rounding. Only k decides in which order it is summed: rows do not depend on their company.
+// Matrices as Intel's tile registers (AMX) read them, and the product of two blocks of bfloat16. A tile has 16 rows of
+// 16 pairs of bfloat16; a product adds 16 x 16 sums over 32 values of k in float32. Only k decides in which order it is
+// summed: rows do not depend on their company. float32 goes through tiles of integers, see tiles_float32.h.
 #pragma once
 
 #include <immintrin.h>
@@ -16,12 +13,9 @@ constexpr int64_t kTileLines = 16;  // rows of a, or columns of b, in a tile
 constexpr int64_t kTileDepth = 32;  // values of k
 constexpr int64_t kTileBytes = 1024;
 
-template <class T>
-constexpr int64_t kPlanes = sizeof(T) == 4 ? 3 : 1;
-// Tiles come in pairs, 32 rows of a or columns of b, over all k: a step has the planes of the one and of the other.
+// Tiles come in pairs, 32 rows of a or columns of b, over all k: a step has a tile of each half.
 constexpr int64_t kPairLines = 2 * kTileLines;
-template <class T>
-constexpr int64_t kStepBytes = 2 * kPlanes<T>* kTileBytes;
+constexpr int64_t kStepBytes = 2 * kTileBytes;
 
 constexpr int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
@@ -44,28 +38,10 @@ inline void store16(bfloat16* p, __mmask16 mask, __m512 v) {
   _mm256_mask_storeu_epi16(p, mask, (__m256i)_mm512_cvtneps_pbh(v));
 }
 
-// Two halves of 16 values -> 32 bfloat16 in each plane.
-inline void load_planes(const bfloat16* first, __mmask16 first_mask, const bfloat16* second, __mmask16 second_mask,
-                        __m512i (&planes)[1]) {
+// Two halves of 16 values.
+inline __m512i load_halves(const bfloat16* first, __mmask16 first_mask, const bfloat16* second, __mmask16 second_mask) {
   const __m256i low = _mm256_maskz_loadu_epi16(first_mask, first), high = _mm256_maskz_loadu_epi16(second_mask, second);
-  planes[0] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-}
-
-inline __m512 remainder(__m512 x, __m256i rounded) {
-  constexpr int kInfinities = 0x18;  // they leave nothing over: inf - inf would be NaN
-  const __m512 nearest = widen(rounded);
-  return _mm512_maskz_sub_ps(static_cast<__mmask16>(~_mm512_fpclass_ps_mask(nearest, kInfinities)), x, nearest);
-}
-
-inline void load_planes(const float* first, __mmask16 first_mask, const float* second, __mmask16 second_mask,
-                        __m512i (&planes)[3]) {
-  __m512 low = _mm512_maskz_loadu_ps(first_mask, first), high = _mm512_maskz_loadu_ps(second_mask, second);
-#pragma GCC unroll 3
-  for (__m512i& plane : planes) {
-    plane = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-    low = remainder(low, _mm512_castsi512_si256(plane));
-    high = remainder(high, _mm512_extracti64x4_epi64(plane, 1));
-  }
+  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
 
 // v[i] dword j <-> v[j] dword i.
@@ -96,48 +72,42 @@ inline void transpose(__m512i (&v)[16]) {
   for (int i = 0; i < 16; ++i) v[i] = t[i];
 }
 
-// The tiles of lines [line, line + 16) and values [k, k + 32): a tile's rows are lines for a, pairs of k for b.
-template <class T>
-inline void pack_tiles(const Lines& from, int64_t line, int64_t k, bool rows_are_lines, char* tiles) {
+// The tile of lines [line, line + 16) and values [k, k + 32): its rows are lines for a, pairs of k for b.
+inline void pack_tile(const Lines& from, int64_t line, int64_t k, bool rows_are_lines, char* tile) {
   const int64_t lines = from.count - line, depth = from.depth - k;
-  __m512i planes[kPlanes<T>][16];
+  __m512i rows[16];
 #pragma GCC unroll 16
   for (int64_t i = 0; i < 16; ++i) {
-    __m512i v[kPlanes<T>];
     if (from.along_k) {
-      const T* values = static_cast<const T*>(from.data) + (line + i) * from.stride + k;
+      const bfloat16* values = static_cast<const bfloat16*>(from.data) + (line + i) * from.stride + k;
       const int64_t given = i < lines ? depth : 0;
-      load_planes(values, first_lanes(given), values + 16, first_lanes(given - 16), v);
+      rows[i] = load_halves(values, first_lanes(given), values + 16, first_lanes(given - 16));
     } else {
-      const T* values = static_cast<const T*>(from.data) + (k + 2 * i) * from.stride + line;
-      load_planes(values, first_lanes(2 * i < depth ? lines : 0), values + from.stride,
-                  first_lanes(2 * i + 1 < depth ? lines : 0), v);
+      const bfloat16* values = static_cast<const bfloat16*>(from.data) + (k + 2 * i) * from.stride + line;
       const __m512i interleaved = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
                                                    22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-      for (__m512i& plane : v) plane = _mm512_permutexvar_epi16(interleaved, plane);
+      rows[i] = _mm512_permutexvar_epi16(
+          interleaved, load_halves(values, first_lanes(2 * i < depth ? lines : 0), values + from.stride,
+                                   first_lanes(2 * i + 1 < depth ? lines : 0)));
     }
-    for (int64_t plane = 0; plane < kPlanes<T>; ++plane) planes[plane][i] = v[plane];
   }
-  for (int64_t plane = 0; plane < kPlanes<T>; ++plane) {
-    if (from.along_k != rows_are_lines) transpose(planes[plane]);
-    for (int64_t i = 0; i < 16; ++i) _mm512_store_si512(tiles + plane * kTileBytes + i * 64, planes[plane][i]);
-  }
+  if (from.along_k != rows_are_lines) transpose(rows);
+  for (int64_t i = 0; i < 16; ++i) _mm512_store_si512(tile + i * 64, rows[i]);
 }
 
 // The pair of lines [32 pair, 32 pair + 32) and `steps` steps of k.
-template <class T>
 inline void pack_pair(const Lines& from, int64_t pair, int64_t first_step, int64_t steps, bool rows_are_lines,
                       char* out) {
   for (int64_t s = 0; s < steps; ++s)
     for (int64_t side = 0; side < 2; ++side)
-      pack_tiles<T>(from, pair * kPairLines + side * kTileLines, (first_step + s) * kTileDepth, rows_are_lines,
-                    out + s * kStepBytes<T> + side * kPlanes<T> * kTileBytes);
+      pack_tile(from, pair * kPairLines + side * kTileLines, (first_step + s) * kTileDepth, rows_are_lines,
+                out + s * kStepBytes + side * kTileBytes);
 }
 
 // The intrinsics of tiles do not tell the compiler that they read and write memory.
 inline void memory_barrier() { asm volatile("" ::: "memory"); }
 
-// Tile registers 0 to 3 hold sums, 4 and 5 tiles of a, 6 and 7 of b; all of 16 rows of 64 bytes. For a scope, since
+// Tile registers 0 to 3 hold sums, 4 to 7 what is multiplied; all of 16 rows of 64 bytes. For a scope, since
 // others in the process may use the registers otherwise.
 class TileRegisters {
  public:
@@ -158,13 +128,17 @@ constexpr int64_t row_of_sums(int64_t i) { return i / kTileLines * kSums / 2 + i
 struct Ahead {
   const char* data = nullptr;
   int64_t lines = 0;
+
+  void fetch_step() {
+    for (int64_t line = 0; line < lines; ++line, data += 64) _mm_prefetch(data, _MM_HINT_T1);
+  }
 };
 
 // sums (+)= a b for a pair of each: 4 tiles of 16 x 16 floats. TWO: more than 16 rows of a are wanted.
-template <class T, bool TWO>
+template <bool TWO>
 inline void multiply_pairs(const char* a, const char* b, int64_t steps, float* sums, bool accumulate,
                            Ahead ahead = {}) {
-  constexpr int64_t kSecond = kPlanes<T> * kTileBytes, kTile = kSums / 4;
+  constexpr int64_t kTile = kSums / 4;
   memory_barrier();
   if (accumulate) {
     _tile_loadd(0, sums, 64);
@@ -177,33 +151,16 @@ inline void multiply_pairs(const char* a, const char* b, int64_t steps, float* s
     if (TWO) _tile_zero(2);
     if (TWO) _tile_zero(3);
   }
-  const auto load_a = [&](int64_t offset) {
-    _tile_loadd(4, a + offset, 64);
-    if (TWO) _tile_loadd(5, a + offset + kSecond, 64);
-  };
-  const auto load_b = [&](int64_t offset) {
-    _tile_loadd(6, b + offset, 64);
-    _tile_loadd(7, b + offset + kSecond, 64);
-  };
-  const auto multiply = [] {
+  for (int64_t step = 0; step < steps; ++step, a += kStepBytes, b += kStepBytes) {
+    ahead.fetch_step();
+    _tile_loadd(4, a, 64);
+    if (TWO) _tile_loadd(5, a + kTileBytes, 64);
+    _tile_loadd(6, b, 64);
+    _tile_loadd(7, b + kTileBytes, 64);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
     if (TWO) _tile_dpbf16ps(2, 5, 6);
     if (TWO) _tile_dpbf16ps(3, 5, 7);
-  };
-  for (int64_t offset = 0; offset < steps * kStepBytes<T>; offset += kStepBytes<T>) {
-    for (int64_t line = 0; line < ahead.lines; ++line, ahead.data += 64) _mm_prefetch(ahead.data, _MM_HINT_T1);
-    if constexpr (kPlanes<T> == 1) {
-      load_a(offset), load_b(offset), multiply();
-    } else {  // in the order that loads the fewest tiles
-      constexpr int64_t kMiddle = kTileBytes, kLow = 2 * kTileBytes;
-      load_a(offset + kLow), load_b(offset), multiply();
-      load_a(offset), multiply();
-      load_b(offset + kLow), multiply();
-      load_b(offset + kMiddle), multiply();
-      load_a(offset + kMiddle), multiply();
-      load_b(offset), multiply();
-    }
   }
   _tile_stored(0, sums, 64);
   _tile_stored(1, sums + kTile, 64);
