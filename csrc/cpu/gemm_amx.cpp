@@ -10,21 +10,22 @@
 namespace flexdit::cpu::FLEXDIT_ISA {
 namespace {
 
-constexpr int64_t kMostRows = 512;           // of a piece
-constexpr int64_t kPieceBytes = 1024 << 10;  // of a piece's packed rows, for the second cache
+constexpr int64_t kMostRows = 512;  // of a piece
 
-// How a type is packed and multiplied: in groups of lines, chunks of k, which begin with kHead bytes, and steps.
+// How a type is packed and multiplied: in groups of lines, chunks of k, which begin with kHead bytes, and steps. A
+// piece's packed rows are for the second cache; under kLeastRows reading b for them would be too dear.
 struct Bfloat16Format {
   using Value = bfloat16;
   static constexpr int64_t kGroup = kPairLines, kDepth = kTileDepth, kStep = kStepBytes, kHead = 0;
   static constexpr int64_t kMostSteps = 36;  // 72 KB of b, for the first and the second cache
+  static constexpr int64_t kPieceBytes = 1536 << 10, kLeastRows = 128, kBehind = 0;
 
   static void pack(const Lines& from, int64_t group, int64_t first_step, int64_t steps, bool rows_are_lines,
                    char* out) {
     pack_pair(from, group, first_step, steps, rows_are_lines, out);
   }
 
-  // sums (+)= a b. They are complete after the next product, or finish().
+  // sums (+)= a b. They are complete kBehind products later, or after finish().
   void multiply(const char* a, const char* b, int64_t steps, int64_t rows, float* sums, bool accumulate, Ahead ahead) {
     (rows > kTileLines ? multiply_pairs<true> : multiply_pairs<false>)(a, b, steps, sums, accumulate, ahead);
   }
@@ -35,6 +36,7 @@ struct Float32Format {
   using Value = float;
   static constexpr int64_t kGroup = kTileLines, kDepth = kDigitDepth, kStep = kDigitStepBytes, kHead = kScaleBytes;
   static constexpr int64_t kMostSteps = 6;  // 18 KB each of a and b, for the first cache
+  static constexpr int64_t kPieceBytes = 1024 << 10, kLeastRows = 96, kBehind = 1;
 
   static void pack(const Lines& from, int64_t group, int64_t first_step, int64_t steps, bool rows_are_lines,
                    char* out) {
@@ -104,8 +106,8 @@ class Plan {
  public:
   Plan(const Product& p, const char* tiles, int threads)
       : p_(p), a_(lines_of_a(p.a)), b_(lines_of_b(p.b)), tiles_(tiles), threads_(threads), chunks_(a_.depth) {
-    const int64_t fitting = kPieceBytes / larger(chunks_.group_bytes(), 1) * kGroup;
-    const int64_t least = tiles ? 96 : 256;  // to make reading, or packing, b worth while
+    const int64_t fitting = Format::kPieceBytes / larger(chunks_.group_bytes(), 1) * kGroup;
+    const int64_t least = tiles ? Format::kLeastRows : 256;  // if b must be packed, more
     const int64_t most = smaller(larger(fitting, least), kMostRows);
     piece_rows_ = pieces(pieces(larger(a_.count, 1), pieces(larger(a_.count, 1), most)), kGroup) * kGroup;
     columns_ = pieces(b_.count, kGroup);
@@ -160,13 +162,17 @@ class Plan {
   void column_task(const Piece& piece, int64_t begin, int64_t column, int64_t next) const {
     const int64_t rows = smaller(task_rows_, piece.rows - begin), blocks = pieces(rows, kGroup);
     Scratch& scratch = thread_scratch();
-    scratch.reset<char>(chunks_.bytes_of(0) + blocks * kBlockSums * 4, 2);
+    scratch.reset<char>(chunks_.bytes_of(0) + (blocks + 1) * kBlockSums * 4, 2);
     char* own = scratch.take<char>(chunks_.bytes_of(0));
-    float* sums = scratch.take<float>(blocks * kBlockSums);
+    float* sums = scratch.take<float>((blocks + 1) * kBlockSums);
+    // With a single chunk sums leave soon, and only those of the last blocks are kept.
+    const auto sums_of = [&](int64_t block) {
+      return sums + (chunks_.count() > 1 ? block : block % (1 + Format::kBehind)) * kBlockSums;
+    };
     const auto store = [&](int64_t block) {
       const bool wide = p_.c.matrix.dtype == DType::float32;
       (wide ? store_block<Format, float> : store_block<Format, bfloat16>)(p_, piece.first + begin + block * kGroup,
-                                                                          column * kGroup, sums + block * kBlockSums);
+                                                                          column * kGroup, sums_of(block));
     };
     Format products;
     for (int64_t chunk = 0; chunk < chunks_.count(); ++chunk) {
@@ -176,13 +182,13 @@ class Plan {
       if (!tiles_) chunks_.pack(b_, column, chunk, false, own);
       Ahead ahead = after(column, chunk, next, blocks * steps);
       for (int64_t block = 0; block < blocks; ++block, ahead.data += ahead.lines * steps * 64) {
-        products.multiply(at(piece, begin / kGroup + block, chunk), b, steps, rows - block * kGroup,
-                          sums + block * kBlockSums, chunk > 0, ahead);
-        if (last && block > 0) store(block - 1);
+        products.multiply(at(piece, begin / kGroup + block, chunk), b, steps, rows - block * kGroup, sums_of(block),
+                          chunk > 0, ahead);
+        if (last && block >= Format::kBehind) store(block - Format::kBehind);
       }
       products.finish();
     }
-    store(blocks - 1);
+    for (int64_t block = larger(blocks - Format::kBehind, 0); block < blocks; ++block) store(block);
   }
 
   static constexpr int64_t kBlockSums = kGroup * kGroup;
