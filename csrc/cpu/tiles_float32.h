@@ -1,11 +1,11 @@
 // Products of float32 on tiles of signed bytes: a tile has 16 rows of 64 bytes, a product adds 16 x 16 exact sums over
 // 64 values of k.
 //
-// In a chunk of k a line (a row of a, a column of b) has one scale, the power of two above its largest value. Its
+// In a chunk of k a line (a row of a, a column of b) has one scale, the power of two under its largest value. Its
 // values become integers of 24 bits, three signed digits of 8 each: x = scale 2^-22 (d1 2^16 + d2 2^8 + d3). The nine
 // products of digits have five weights; the smallest, of d3 with d3, is left out, and each of the others has a tile of
-// sums. At the chunk's end they are scaled and added in float32. An error is thus at most 2^-24 of the largest value in
-// its line and chunk, as float32's own roundings are for values of like size. Integers have no order of summation: a
+// sums. At the chunk's end they are scaled and added in float32. A value's error is thus at most 2^-23 of the largest in
+// its line and chunk, for values of like size about what float32's own roundings are. Integers have no order of summation: a
 // row depends on k and its own values only.
 #pragma once
 
