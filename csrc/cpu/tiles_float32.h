@@ -4,9 +4,9 @@
 // In a chunk of k a line (a row of a, a column of b) has one scale, the power of two under its largest value. Its
 // values become integers of 24 bits, three signed digits of 8 each: x = scale 2^-22 (d1 2^16 + d2 2^8 + d3). The nine
 // products of digits have five weights; the smallest, of d3 with d3, is left out, and each of the others has a tile of
-// sums. At the chunk's end they are scaled and added in float32. A value's error is thus at most 2^-23 of the largest in
-// its line and chunk, for values of like size about what float32's own roundings are. Integers have no order of summation: a
-// row depends on k and its own values only.
+// sums. At the chunk's end they are scaled and added in float32. A value's error is thus at most 2^-23 of the largest
+// in its line and chunk, for values of like size about what float32's own roundings are. Integers have no order of
+// summation: a row depends on k and its own values only.
 #pragma once
 
 #include "cpu/tiles_amx.h"
