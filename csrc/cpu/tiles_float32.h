@@ -42,8 +42,8 @@ inline __m512i find_exponents(const Lines& from, int64_t line, int64_t k, int64_
     for (int64_t j = 0; j < depth; ++j)
       most = _mm512_max_epu32(most, magnitudes(load16(values + j * from.stride, first_lanes(lines))));
   }
-  const __m512i carry = _mm512_set1_epi32(0x18000);  // digits end at 127.5 2^16, a little under 2^23: what is above
-  const __m512i exponents = _mm512_srli_epi32(_mm512_add_epi32(most, carry), 23);  // gets the next scale
+  // Digits end at 127.5 2^16, a little under 2^23: what is above is carried to the next exponent.
+  const __m512i exponents = _mm512_srli_epi32(_mm512_add_epi32(most, _mm512_set1_epi32(0x18000)), 23);
   return _mm512_max_epu32(exponents, _mm512_set1_epi32(22));
 }
 

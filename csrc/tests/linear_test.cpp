@@ -183,7 +183,7 @@ TEST_CASE(values_of_any_size_are_summed_closely) {
         worst = std::max(worst, std::abs(got(i, j) - wanted(i, j)) / std::sqrt(x * w));
       }
     std::printf("  tails %g: %.1e of the norms\n", tail, worst);
-    CHECK_NOTE(worst <= 1.5e-7, worst);
+    CHECK_NOTE(worst <= (cpu::has_amx() ? 7e-8 : 1.5e-7), worst);  // seen: 4.5e-8 on tiles, 9.4e-8 of oneDNN
   }
   // A line of zeros, and values near both ends of float32.
   Layer l = layer_of({20, 260, 300}, DType::float32);
@@ -196,13 +196,16 @@ TEST_CASE(values_of_any_size_are_summed_closely) {
 }
 
 TEST_CASE(what_is_not_finite_stays_so) {
+  const Case sizes[] = {{40, 35, 50}, {40, 264, 260}};  // float32 takes the second to tiles
   for (const DType dtype : {DType::float32, DType::bfloat16})
-    for (const double bad : {double{NAN}, double{INFINITY}, -double{INFINITY}}) {
-      Layer l = layer_of({40, 264, 260}, dtype);
-      l.x(33, 259) = bad;
-      const Values y = l.forward(0, 40, 2, false, false);
-      for (int64_t i = 0; i < 40; ++i)
-        for (int64_t j = 0; j < 264; ++j)
-          CHECK_NOTE(std::isfinite(y(i, j)) == (i != 33), name_of(dtype), " ", bad, ": y(", i, ", ", j, ") ", y(i, j));
-    }
+    for (const Case& c : sizes)
+      for (const double bad : {double{NAN}, double{INFINITY}, -double{INFINITY}}) {
+        Layer l = layer_of(c, dtype);
+        l.x(33, c.k - 1) = bad;
+        const Values y = l.forward(0, c.m, 2, false, false);
+        for (int64_t i = 0; i < c.m; ++i)
+          for (int64_t j = 0; j < c.n; ++j)
+            CHECK_NOTE(std::isfinite(y(i, j)) == (i != 33), name_of(dtype), " ", bad, ": y(", i, ", ", j, ") ",
+                       y(i, j));
+      }
 }
